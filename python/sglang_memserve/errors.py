@@ -1,0 +1,63 @@
+"""Every exception MemServe raises on purpose.
+
+MemServeError
+├── ConfigError            the operator asked for something impossible
+├── ProtocolError          bytes or a message that do not follow the protocol
+│   └── VersionMismatch    the peer speaks another protocol version
+├── NamespaceMismatch      the peer's pages are not interchangeable with ours
+├── OutOfBlocks            the arena cannot give as many blocks as asked
+├── PeerError              a peer refused or failed
+│   ├── PeerUnreachable    no answer before the deadline
+│   ├── LeaseInvalid       the lease expired, is unknown or is of another generation
+│   └── TransferFailed     the bytes did not arrive
+└── LimitExceeded          a configured bound was reached
+
+Expected outcomes (a miss, a partial match, nothing to fetch) are return values, not exceptions.
+Our own bugs are ``assert`` statements with the values in them.
+"""
+
+from __future__ import annotations
+
+
+class MemServeError(Exception):
+    """Base of all of them; ``str()`` is one line fit for an operator."""
+
+
+class ConfigError(MemServeError):
+    pass
+
+
+class ProtocolError(MemServeError):
+    pass
+
+
+class VersionMismatch(ProtocolError):
+    pass
+
+
+class NamespaceMismatch(MemServeError):
+    pass
+
+
+class OutOfBlocks(MemServeError):
+    pass
+
+
+class PeerError(MemServeError):
+    pass
+
+
+class PeerUnreachable(PeerError):
+    pass
+
+
+class LeaseInvalid(PeerError):
+    pass
+
+
+class TransferFailed(PeerError):
+    pass
+
+
+class LimitExceeded(MemServeError):
+    pass

@@ -1,0 +1,193 @@
+"""Messages between ranks, and between an instance's HTTP process and its ranks.
+
+Each rank binds two ZMQ ROUTER sockets; the other side uses DEALER. A message is two frames: a
+request id (8 bytes, chosen by the asker, echoed in the answer) and one msgpack struct below.
+
+``peer`` socket (tcp), other instances' ranks of the same index:
+    Hello -> HelloReply          once per peer and generation: namespaces are compared here
+    LeaseRequest -> LeaseReply   pin pages and learn where they lie; may wait for pages to appear
+    ReleaseRequest -> ReleaseReply   end the lease and learn whether it was valid all along
+``local`` socket (ipc, this machine's user only), the instance's HTTP process:
+    FetchRequest -> FetchReply   make pages of a peer our own
+    SnapshotRequest -> SnapshotReply
+    StatsRequest -> StatsReply
+Any request may be answered by ErrorReply.
+
+All durations are seconds relative to arrival: clocks of two machines are never compared.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..errors import ProtocolError
+from ..types import Namespace
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True):
+    pass
+
+
+class Hello(_Message):
+    """The asker introduces itself. It only reads, so the holder needs none of its memory."""
+
+    version: int
+    instance_id: str
+    generation: str
+    namespace: Namespace
+
+
+class HelloReply(_Message):
+    """``transport_metadata``: the holder's NIXL agent metadata (or the loopback's name)."""
+
+    version: int
+    instance_id: str
+    generation: str
+    namespace: Namespace
+    transport_metadata: bytes
+
+
+class LeaseRequest(_Message):
+    """Pin the leading run of ``keys`` (32-byte page keys in chain order) that is readable.
+
+    Answered as soon as at least ``min_pages`` of them are readable, and with whatever is readable
+    (maybe nothing) after ``wait_s``. The lease ends by itself ``ttl_s`` after the answer.
+    """
+
+    generation: str
+    keys: list[bytes]
+    min_pages: int
+    wait_s: float
+    ttl_s: float
+
+
+class LeaseReply(_Message):
+    """``lease_id`` is 0 and ``addresses`` empty when nothing was readable.
+
+    ``addresses[i]`` is the holder's virtual address of the block of ``keys[i]``;
+    ``checksums`` is empty or has one 64-bit value a block.
+    """
+
+    lease_id: int
+    addresses: list[int]
+    checksums: list[int]
+
+
+class ReleaseRequest(_Message):
+    generation: str
+    lease_id: int
+
+
+class ReleaseReply(_Message):
+    """``valid``: the lease had not expired; what was read under it may be published."""
+
+    valid: bool
+
+
+class FetchRequest(_Message):
+    """Make ``keys`` (a whole prefix from page 0, in chain order) readable here, reading what is
+    missing from the peer at ``peer_address`` (its ``peer`` socket).
+
+    ``wait_s``: how long to wait for pages the peer is still computing. ``deadline_s``: after this
+    the fetch ends with what it has. Never raises for a miss: the reply says how far it got.
+    """
+
+    peer_id: str
+    peer_address: str
+    keys: list[bytes]
+    wait_s: float
+    deadline_s: float
+
+
+class FetchReply(_Message):
+    """``present_pages``: leading pages that were here before; ``readable_pages``: leading pages
+    readable now; ``fetched_pages``/``fetched_bytes``: moved by this fetch. ``outcome`` is
+    ``complete`` or the reason why not all keys are readable."""
+
+    present_pages: int
+    readable_pages: int
+    fetched_pages: int
+    fetched_bytes: int
+    seconds: float
+    outcome: str
+
+
+class SnapshotRequest(_Message):
+    pass
+
+
+class SnapshotReply(_Message):
+    """``snapshot`` is an encoded ``events.Snapshot``."""
+
+    snapshot: bytes
+
+
+class StatsRequest(_Message):
+    pass
+
+
+class StatsReply(_Message):
+    """Counters and gauges of one rank; names are documented in ``docs/mempool.md``."""
+
+    values: dict[str, float]
+
+
+class InfoRequest(_Message):
+    pass
+
+
+class InfoReply(_Message):
+    rank: int
+    generation: str
+    namespace: Namespace
+    peer_address: str
+    events_address: str
+    total_blocks: int
+
+
+class ErrorReply(_Message):
+    """``kind`` is the name of a class in ``errors``; ``message`` its text."""
+
+    kind: str
+    message: str
+
+
+Message = (
+    Hello
+    | HelloReply
+    | LeaseRequest
+    | LeaseReply
+    | ReleaseRequest
+    | ReleaseReply
+    | FetchRequest
+    | FetchReply
+    | SnapshotRequest
+    | SnapshotReply
+    | StatsRequest
+    | StatsReply
+    | InfoRequest
+    | InfoReply
+    | ErrorReply
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+KEY_BYTES = 32
+
+
+def encode(message: Message) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(data: bytes) -> Message:
+    """Raises ProtocolError for bytes that are no message, and for keys of a wrong length."""
+    try:
+        message = _decoder.decode(data)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"control message: {error}") from error
+    if isinstance(message, LeaseRequest | FetchRequest):
+        for key in message.keys:
+            if len(key) != KEY_BYTES:
+                raise ProtocolError(f"page key of {len(key)} bytes, expected {KEY_BYTES}")
+    return message

@@ -1,0 +1,106 @@
+"""Bodies of ``/memserve/*``, on instances and on the router. JSON unless said otherwise.
+
+On an instance (on SGLang's own app, same API key):
+    GET  /memserve/info      -> InstanceInfo
+    GET  /memserve/snapshot  -> msgpack ``events.Snapshot`` of rank 0 (``application/msgpack``)
+    POST /memserve/fetch     FetchBody -> FetchResult
+    GET  /memserve/stats     -> {"ranks": [{name: value}]}
+    POST /memserve/role      {"role": "prefill"|"decode"|"both"} -> InstanceInfo
+On a router:
+    POST /memserve/register    Registration -> RegistrationReply (409 with the reason: a mismatch)
+    POST /memserve/heartbeat   Heartbeat -> HeartbeatReply
+    POST /memserve/deregister  {"url", "generation"} -> {}
+Errors are ``{"error": {"message", "type", "code"}}``.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ..types import Namespace
+
+
+class RankInfo(msgspec.Struct, frozen=True):
+    """Where one rank listens for other ranks and where it publishes its events."""
+
+    rank: int
+    peer_address: str
+    events_address: str
+    total_blocks: int
+    block_bytes: int
+
+
+class InstanceInfo(msgspec.Struct, frozen=True):
+    """What an instance is. ``layout_hash`` is rank 0's; ``namespace`` explains it."""
+
+    protocol: int
+    url: str
+    generation: str
+    role: str
+    model_path: str
+    served_model_name: str
+    layout_hash: str
+    namespace: Namespace
+    page_size: int
+    context_length: int
+    max_total_tokens: int
+    ranks: list[RankInfo]
+
+
+class Load(msgspec.Struct, frozen=True):
+    """What the router weighs. Tokens are slots of the device pool."""
+
+    running_requests: int
+    waiting_requests: int
+    used_tokens: int
+    total_tokens: int
+
+
+class Registration(msgspec.Struct, frozen=True):
+    info: InstanceInfo
+
+
+class RegistrationReply(msgspec.Struct, frozen=True):
+    """Send a heartbeat every ``heartbeat_s``; without one for ``expire_s`` you are dropped."""
+
+    heartbeat_s: float
+    expire_s: float
+
+
+class Heartbeat(msgspec.Struct, frozen=True):
+    url: str
+    generation: str
+    role: str
+    load: Load
+
+
+class HeartbeatReply(msgspec.Struct, frozen=True):
+    """``known`` is False when the router has forgotten us: register again."""
+
+    known: bool
+
+
+class FetchBody(msgspec.Struct, frozen=True):
+    """``keys``: hex page keys of a whole prefix from page 0. ``source``: URL of the holder.
+
+    ``source_ranks``: the holder's ``peer_address`` of each rank, if the asker knows it; else the
+    instance asks the source's ``/memserve/info``.
+    """
+
+    source: str
+    keys: list[str]
+    wait_s: float = 0.0
+    deadline_s: float = 5.0
+    source_ranks: list[str] | None = None
+
+
+class FetchResult(msgspec.Struct, frozen=True):
+    """As ``control.FetchReply``; over several ranks the least pages, the sum of bytes."""
+
+    requested_pages: int
+    present_pages: int
+    readable_pages: int
+    fetched_pages: int
+    fetched_bytes: int
+    seconds: float
+    outcome: str

@@ -1,0 +1,82 @@
+"""The nouns every other module shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NewType
+
+PageKey = NewType("PageKey", bytes)
+"""32-byte chained SHA-256 of a prefix that ends at a page boundary (SGLang's own page hash)."""
+
+ShortKey = NewType("ShortKey", int)
+"""First 64 bits of a PageKey as a signed integer: what SGLang's KV events carry.
+
+Enough to route by, never enough to hand out bytes by."""
+
+BlockId = NewType("BlockId", int)
+"""Index of a block in one rank's arena."""
+
+InstanceId = NewType("InstanceId", str)
+"""Base URL of an instance, without a trailing slash."""
+
+Generation = NewType("Generation", str)
+"""Random id of one boot of an instance: an address may return, a generation never does."""
+
+
+class Role(Enum):
+    """What the router may use an instance for. A label, not an engine mode."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    BOTH = "both"
+
+    @property
+    def can_prefill(self) -> bool:
+        return self is not Role.DECODE
+
+    @property
+    def can_decode(self) -> bool:
+        return self is not Role.PREFILL
+
+
+class Tier(Enum):
+    """Where a page lies. Values are SGLang's ``StorageMedium`` names."""
+
+    HBM = "GPU"
+    DRAM = "CPU_PINNED"
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """What must be equal for pages of two ranks to be interchangeable.
+
+    ``layout_hash`` (see ``protocol.handshake``) names it on the wire; the fields stay readable so
+    that a mismatch can be explained.
+    """
+
+    model: str
+    weight_version: str
+    kv_dtype: str
+    page_size: int
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    tp_rank: int
+    tp_size: int
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one page over all layers, K and V."""
+        per_token = self.num_kv_heads * (self.head_dim + self.v_head_dim) * DTYPE_BYTES[self.kv_dtype]
+        return self.num_layers * self.page_size * per_token
+
+
+DTYPE_BYTES = {
+    "bfloat16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+}
