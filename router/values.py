@@ -1,0 +1,62 @@
+"""The values a routing decision is made of. Pure data; no clock, socket or framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang_memserve.types import Generation, InstanceId, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Leading pages of a prompt that an instance holds: ``pages`` in any tier, of which the first
+    ``hbm_pages`` are in HBM."""
+
+    pages: int
+    hbm_pages: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """One instance as a decision sees it.
+
+    ``in_flight_prefill_tokens``: uncached prompt tokens this router has sent there and that are
+    not answered yet. ``running_requests``: what the router has in flight there, or the last
+    heartbeat's figure if that is larger.
+    """
+
+    id: InstanceId
+    generation: Generation
+    role: Role
+    running_requests: int = 0
+    waiting_requests: int = 0
+    in_flight_prefill_tokens: int = 0
+    free_tokens: int = 0
+    match: Match = field(default=Match(0))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """``tokens`` and ``page_size`` size the work. ``session`` is the client's affinity key, if any."""
+
+    tokens: int
+    page_size: int
+    session: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do with a request.
+
+    ``prefill`` is None for a bypass: ``decode`` computes what it lacks by itself.
+    ``prefill_source``: fetch from there to the prefill instance first (it holds more).
+    ``decode_source``: with no prefill instance, fetch from there to ``decode`` first.
+    ``reason`` is one line for a header, a log and a person; ``terms`` the predicted seconds.
+    """
+
+    decode: InstanceId
+    prefill: InstanceId | None = None
+    prefill_source: InstanceId | None = None
+    decode_source: InstanceId | None = None
+    reason: str = ""
+    terms: dict[str, float] = field(default_factory=dict)
