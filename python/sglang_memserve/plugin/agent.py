@@ -1,0 +1,332 @@
+"""The instance's voice: runs in the HTTP process, speaks to its ranks and to the routers.
+
+Starts with SGLang's app, waits until the engine serves, registers with every router and sends
+heartbeats with the engine's load until it is stopped. A router that is not there is retried for as
+long as the instance lives; the instance serves meanwhile. A router that refuses us (another model,
+another page size) is an operator's mistake: the instance says why and stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+import aiohttp
+import msgspec
+
+from ..config import InstanceConfig
+from ..errors import ConfigError, MemServeError, PeerError, PeerUnreachable
+from ..protocol import PROTOCOL_VERSION, control
+from ..protocol.handshake import layout_hash
+from ..protocol.http import (
+    FetchBody,
+    FetchResult,
+    Heartbeat,
+    HeartbeatReply,
+    InstanceInfo,
+    Load,
+    RankInfo,
+    Registration,
+    RegistrationReply,
+)
+from ..transfer.client import LocalClient
+from ..types import Role
+
+log = logging.getLogger(__name__)
+
+RANK_CALL_S = 5.0
+ROUTER_CALL_S = 5.0
+READY_POLL_S = 0.1
+RETRY_FIRST_S = 0.5
+RETRY_MOST_S = 5.0
+# A fetch's own deadline ends it; this is what the HTTP process waits beyond that.
+FETCH_GRACE_S = 2.0
+KNOWN_SOURCES = 256
+
+
+class Engine(Protocol):
+    """What the agent asks of SGLang; ``routes`` implements it over the tokenizer manager."""
+
+    def ready(self) -> bool: ...
+
+    async def load(self) -> Load: ...
+
+    def describe(self) -> EngineFacts: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    model_path: str
+    served_model_name: str
+    context_length: int
+    max_total_tokens: int
+    tp_size: int
+
+
+class _RouterState(Enum):
+    REGISTERING = "registering"
+    REGISTERED = "registered"
+
+
+@dataclass(slots=True)
+class InstanceAgent:
+    """``role`` may change while running; ``fatal`` is set when a router refused us for good."""
+
+    config: InstanceConfig
+    engine: Engine
+    api_key: str | None = None
+    role: Role = field(init=False)
+    fatal: str | None = field(init=False, default=None)
+    _ranks: list[LocalClient] = field(init=False, default_factory=list)
+    _info: InstanceInfo | None = field(init=False, default=None)
+    _session: aiohttp.ClientSession | None = field(init=False, default=None)
+    _tasks: list[asyncio.Task[None]] = field(init=False, default_factory=list)
+    _routers: dict[str, _RouterState] = field(init=False, default_factory=dict)
+    _sources: dict[str, list[str]] = field(init=False, default_factory=dict)
+    _changed: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.role = self.config.role
+
+    # -- lifecycle --
+
+    async def start(self) -> None:
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        self._session = aiohttp.ClientSession(headers=headers)
+        tp_size = self.engine.describe().tp_size
+        self._ranks = [LocalClient(self.config.rank_socket(rank)) for rank in range(tp_size)]
+        for url in self.config.router_urls:
+            self._routers[url] = _RouterState.REGISTERING
+            self._tasks.append(asyncio.create_task(self._attend(url), name=f"router {url}"))
+
+    async def stop(self) -> None:
+        """Leave the routers, so that they send nothing more here, then let go of everything."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._session is not None:
+            registered = [u for u, s in self._routers.items() if s is _RouterState.REGISTERED]
+            await asyncio.gather(*(self._leave(url) for url in registered))
+            await self._session.close()
+        for rank in self._ranks:
+            rank.close()
+
+    # -- what the routes serve --
+
+    async def info(self) -> InstanceInfo:
+        """Raises PeerUnreachable while the ranks are not up yet."""
+        if self._info is None:
+            self._info = await self._describe()
+        return msgspec.structs.replace(self._info, role=self.role.value)
+
+    async def snapshot(self) -> bytes:
+        reply = await self._ranks[0].call(control.SnapshotRequest(), RANK_CALL_S)
+        assert isinstance(reply, control.SnapshotReply), reply
+        return reply.snapshot
+
+    async def stats(self) -> list[dict[str, float]]:
+        replies = await asyncio.gather(
+            *(rank.call(control.StatsRequest(), RANK_CALL_S) for rank in self._ranks)
+        )
+        return [reply.values for reply in replies if isinstance(reply, control.StatsReply)]
+
+    async def fetch(self, body: FetchBody) -> FetchResult:
+        """Every rank fetches its own shard from the same rank of the source.
+
+        Raises PeerError when the source cannot be found, ProtocolError for malformed keys; a fetch
+        that could not be completed is a result whose outcome says why.
+        """
+        try:
+            keys = [bytes.fromhex(key) for key in body.keys]
+        except ValueError as error:
+            raise ConfigError(f"page keys must be hex strings: {error}") from error
+        if any(len(key) != control.KEY_BYTES for key in keys):
+            raise ConfigError(f"page keys must be {control.KEY_BYTES} bytes")
+        addresses = body.source_ranks or await self._resolve(body.source)
+        if len(addresses) != len(self._ranks):
+            raise ConfigError(
+                f"{body.source} has {len(addresses)} ranks, this instance has {len(self._ranks)}"
+            )
+        requests = [
+            control.FetchRequest(body.source, address, keys, body.wait_s, body.deadline_s)
+            for address in addresses
+        ]
+        replies = await asyncio.gather(
+            *(
+                rank.call(request, body.deadline_s + FETCH_GRACE_S)
+                for rank, request in zip(self._ranks, requests, strict=True)
+            )
+        )
+        return _merge([reply for reply in replies if isinstance(reply, control.FetchReply)], keys)
+
+    def set_role(self, role: Role) -> None:
+        self.role = role
+        self._changed.set()
+
+    # -- ranks and peers --
+
+    async def _describe(self) -> InstanceInfo:
+        replies = await asyncio.gather(
+            *(rank.call(control.InfoRequest(), RANK_CALL_S) for rank in self._ranks)
+        )
+        ranks = [reply for reply in replies if isinstance(reply, control.InfoReply)]
+        facts = self.engine.describe()
+        namespace = ranks[0].namespace
+        return InstanceInfo(
+            protocol=PROTOCOL_VERSION,
+            url=self.config.url,
+            generation=self.config.generation,
+            role=self.role.value,
+            model_path=facts.model_path,
+            served_model_name=facts.served_model_name,
+            layout_hash=layout_hash(namespace),
+            namespace=namespace,
+            page_size=namespace.page_size,
+            context_length=facts.context_length,
+            max_total_tokens=facts.max_total_tokens,
+            ranks=[
+                RankInfo(
+                    rank=rank.rank,
+                    peer_address=rank.peer_address,
+                    events_address=rank.events_address,
+                    total_blocks=rank.total_blocks,
+                    block_bytes=rank.namespace.block_bytes,
+                )
+                for rank in ranks
+            ],
+        )
+
+    async def _resolve(self, source: str) -> list[str]:
+        known = self._sources.get(source)
+        if known is not None:
+            return known
+        assert self._session is not None
+        try:
+            timeout = aiohttp.ClientTimeout(total=RANK_CALL_S)
+            async with self._session.get(f"{source}/memserve/info", timeout=timeout) as response:
+                if response.status != 200:
+                    raise PeerError(f"{source}/memserve/info answered {response.status}")
+                info = msgspec.json.decode(await response.read(), type=InstanceInfo)
+        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+            raise PeerUnreachable(f"{source}/memserve/info: {error or type(error).__name__}") from error
+        if len(self._sources) >= KNOWN_SOURCES:
+            self._sources.clear()
+        self._sources[source] = [rank.peer_address for rank in info.ranks]
+        return self._sources[source]
+
+    def forget_source(self, source: str) -> None:
+        """Its ranks did not answer: it may have come back with other ports."""
+        self._sources.pop(source, None)
+
+    # -- routers --
+
+    async def _attend(self, url: str) -> None:
+        """Register with one router and keep it informed, until cancelled."""
+        while not self.engine.ready():
+            await asyncio.sleep(READY_POLL_S)
+        pause_s = RETRY_FIRST_S
+        while True:
+            try:
+                reply = await self._register(url)
+                self._routers[url] = _RouterState.REGISTERED
+                log.info("registered with router %s as %s", url, self.role.value)
+                pause_s = RETRY_FIRST_S
+                await self._beat(url, reply.heartbeat_s)
+                log.warning("router %s has forgotten this instance; registering again", url)
+            except ConfigError as error:
+                self._refused(url, error)
+                return
+            except (MemServeError, aiohttp.ClientError, TimeoutError, OSError) as error:
+                if self._routers[url] is _RouterState.REGISTERED or pause_s == RETRY_FIRST_S:
+                    reason = str(error) or type(error).__name__
+                    log.warning("router %s: %s; serving stand-alone, will retry", url, reason)
+            self._routers[url] = _RouterState.REGISTERING
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, RETRY_MOST_S)
+
+    async def _register(self, url: str) -> RegistrationReply:
+        body = msgspec.json.encode(Registration(await self.info()))
+        return msgspec.json.decode(
+            await self._post(f"{url}/memserve/register", body), type=RegistrationReply
+        )
+
+    async def _beat(self, url: str, interval_s: float) -> None:
+        """Returns when the router does not know us any more."""
+        while True:
+            stats = await self._ranks[0].call(control.StatsRequest(), RANK_CALL_S)
+            assert isinstance(stats, control.StatsReply), stats
+            beat = Heartbeat(
+                url=self.config.url,
+                generation=self.config.generation,
+                role=self.role.value,
+                load=await self.engine.load(),
+                event_seq=int(stats.values["event_seq"]),
+            )
+            data = await self._post(f"{url}/memserve/heartbeat", msgspec.json.encode(beat))
+            if not msgspec.json.decode(data, type=HeartbeatReply).known:
+                return
+            try:
+                await asyncio.wait_for(self._changed.wait(), interval_s)
+                self._changed.clear()
+            except TimeoutError:
+                continue
+
+    async def _leave(self, url: str) -> None:
+        body = msgspec.json.encode(
+            {"url": self.config.url, "generation": self.config.generation}
+        )
+        try:
+            await self._post(f"{url}/memserve/deregister", body)
+        except (MemServeError, aiohttp.ClientError, TimeoutError, OSError) as error:
+            log.warning("could not tell router %s that we leave: %s", url, error)
+
+    async def _post(self, url: str, body: bytes) -> bytes:
+        """Raises ConfigError for a 409 (the router's reason), PeerError for other refusals."""
+        assert self._session is not None
+        async with self._session.post(
+            url,
+            data=body,
+            headers={"Content-Type": "application/json"},
+            timeout=aiohttp.ClientTimeout(total=ROUTER_CALL_S),
+        ) as response:
+            data = await response.read()
+            if response.status == 409:
+                raise ConfigError(_error_text(data))
+            if response.status != 200:
+                raise PeerError(f"answered {response.status}: {_error_text(data)}")
+            return data
+
+    def _refused(self, url: str, error: ConfigError) -> None:
+        self.fatal = f"router {url} refuses this instance: {error}"
+        log.error("%s", self.fatal)
+        # SGLang's own SIGTERM path takes the engine down; launch_server turns `fatal` into the
+        # exit code.
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _merge(replies: Sequence[control.FetchReply], keys: Sequence[bytes]) -> FetchResult:
+    incomplete = [reply.outcome for reply in replies if reply.outcome != "complete"]
+    return FetchResult(
+        requested_pages=len(keys),
+        present_pages=min(reply.present_pages for reply in replies),
+        readable_pages=min(reply.readable_pages for reply in replies),
+        fetched_pages=max(reply.fetched_pages for reply in replies),
+        fetched_bytes=sum(reply.fetched_bytes for reply in replies),
+        seconds=max(reply.seconds for reply in replies),
+        outcome=incomplete[0] if incomplete else "complete",
+    )
+
+
+def _error_text(data: bytes) -> str:
+    """The message of an ``{"error": {"message"}}`` body, or the body's beginning."""
+    try:
+        message = msgspec.json.decode(data)["error"]["message"]
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        return data[:200].decode(errors="replace")
+    return str(message)

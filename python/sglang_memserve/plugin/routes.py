@@ -1,0 +1,160 @@
+"""``/memserve/*`` on SGLang's own FastAPI app (see ``protocol.http``), behind SGLang's API key."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from fastapi import APIRouter, FastAPI, Request, Response
+from sglang.srt.entrypoints import http_server
+from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+from ..config import InstanceConfig
+from ..errors import (
+    ConfigError,
+    LimitExceeded,
+    MemServeError,
+    PeerError,
+    PeerUnreachable,
+    ProtocolError,
+)
+from ..protocol.http import FetchBody, Load
+from ..types import Role
+from .agent import EngineFacts, InstanceAgent
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+
+class _SglangEngine:
+    """The agent's view of the engine, over SGLang's tokenizer manager (same process)."""
+
+    def __init__(self, server_args: ServerArgs) -> None:
+        self._server_args = server_args
+
+    def ready(self) -> bool:
+        return bool(_manager().server_status is ServerStatus.Up)
+
+    async def load(self) -> Load:
+        snapshots = await _manager().get_loads(include=["core"])
+        return Load(
+            running_requests=sum(s.num_running_reqs for s in snapshots),
+            waiting_requests=sum(s.num_waiting_reqs for s in snapshots),
+            used_tokens=sum(s.num_used_tokens for s in snapshots),
+            total_tokens=sum(s.max_total_num_tokens for s in snapshots),
+        )
+
+    def describe(self) -> EngineFacts:
+        manager = _manager()
+        return EngineFacts(
+            model_path=manager.model_path,
+            served_model_name=manager.served_model_name,
+            context_length=int(manager.model_config.context_len),
+            max_total_tokens=int(_state().scheduler_info["max_total_num_tokens"]),
+            tp_size=self._server_args.tp_size,
+        )
+
+
+def _state() -> Any:
+    state = http_server._global_state
+    assert state is not None, "SGLang's HTTP server has not started"
+    return state
+
+
+def _manager() -> Any:
+    return _state().tokenizer_manager
+
+
+def mount(app: FastAPI, config: InstanceConfig, server_args: ServerArgs) -> InstanceAgent:
+    """Add the routes to SGLang's app and let an agent live as long as the app does."""
+    agent = InstanceAgent(config, _SglangEngine(server_args), api_key=server_args.api_key)
+    app.include_router(_routes(agent))
+    sglang_lifespan = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with sglang_lifespan(app) as state:
+            await agent.start()
+            try:
+                yield state
+            finally:
+                await agent.stop()
+
+    app.router.lifespan_context = lifespan
+    return agent
+
+
+def _routes(agent: InstanceAgent) -> APIRouter:
+    router = APIRouter(prefix="/memserve")
+
+    @router.get("/info")
+    async def info() -> Response:
+        try:
+            return _json(await agent.info())
+        except MemServeError as error:
+            return _error(error)
+
+    @router.get("/snapshot")
+    async def snapshot() -> Response:
+        try:
+            return Response(await agent.snapshot(), media_type="application/msgpack")
+        except MemServeError as error:
+            return _error(error)
+
+    @router.get("/stats")
+    async def stats() -> Response:
+        try:
+            return _json({"ranks": await agent.stats()})
+        except MemServeError as error:
+            return _error(error)
+
+    @router.post("/fetch")
+    async def fetch(request: Request) -> Response:
+        try:
+            body = msgspec.json.decode(await request.body(), type=FetchBody)
+            result = await agent.fetch(body)
+        except msgspec.MsgspecError as error:
+            return _error(ProtocolError(str(error)))
+        except MemServeError as error:
+            return _error(error)
+        if result.outcome != "complete":
+            agent.forget_source(body.source)
+        return _json(result)
+
+    @router.post("/role")
+    async def role(request: Request) -> Response:
+        try:
+            wanted = msgspec.json.decode(await request.body(), type=dict[str, str]).get("role", "")
+            agent.set_role(Role(wanted))
+            return _json(await agent.info())
+        except msgspec.MsgspecError as error:
+            return _error(ProtocolError(str(error)))
+        except ValueError:
+            roles = ", ".join(role.value for role in Role)
+            return _error(ConfigError(f"unknown role {wanted!r}, expected one of: {roles}"))
+        except MemServeError as error:
+            return _error(error)
+
+    return router
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _error(error: MemServeError) -> Response:
+    """SGLang's (OpenAI's) error shape."""
+    if isinstance(error, ConfigError | ProtocolError):
+        status = 400
+    elif isinstance(error, LimitExceeded):
+        status = 429
+    elif isinstance(error, PeerUnreachable):
+        status = 504
+    elif isinstance(error, PeerError):
+        status = 502
+    else:
+        status = 500
+    body = {"error": {"message": str(error), "type": type(error).__name__, "code": status}}
+    return _json(body, status)
