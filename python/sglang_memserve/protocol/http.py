@@ -68,10 +68,14 @@ class RegistrationReply(msgspec.Struct, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
+    """``event_seq``: number of rank 0's last event batch, -1 before the first: a router that has
+    not seen it a moment later has lost events."""
+
     url: str
     generation: str
     role: str
     load: Load
+    event_seq: int = -1
 
 
 class HeartbeatReply(msgspec.Struct, frozen=True):
