@@ -1,0 +1,42 @@
+# Everything runs from a fresh machine with Python 3.11+, a C/C++ compiler, make and a package registry.
+PYTHON ?= python3
+PY := .venv/bin/python
+MODEL := .cache/models/SmolLM2-135M-Instruct
+# Code of ours that is type-checked beside the package itself.
+CHECKED := python router test benchmark tools
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check layers lint format bench lock clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## virtual environment, pinned packages, the project, the demo model
+	@$(PYTHON) tools/setup.py
+
+demo: setup  ## 1 prefill + 1 decode + router on a real model; shows what was shared (ARGS=--keep ...)
+	@$(PY) -m sglang_memserve.demo --model-path $(MODEL) $(ARGS)
+
+test: setup  ## all tests, quick ones first (ARGS="-k name" ...)
+	@$(PY) -m pytest $(ARGS)
+
+check: setup  ## ruff, formatting, types, import layers
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(PY) -m pytest -q test/architecture
+
+lint: setup  ## ruff with its safe fixes
+	@$(PY) -m ruff check --fix .
+
+format: setup  ## ruff format
+	@$(PY) -m ruff format .
+
+bench: setup  ## the benchmarks (minutes; writes benchmark/results)
+	@$(PY) -m benchmark.harness $(ARGS)
+
+lock:  ## resolve requirements/lock.txt again from pyproject.toml, keeping what still fits
+	@$(PY) tools/lock.py $(ARGS)
+
+clean:  ## remove the environment, caches and built files
+	rm -rf .venv .cache build dist python/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
