@@ -22,7 +22,8 @@ class InstanceView:
 
     ``in_flight_prefill_tokens``: uncached prompt tokens this router has sent there and that are
     not answered yet. ``running_requests``: what the router has in flight there, or the last
-    heartbeat's figure if that is larger.
+    heartbeat's figure if that is larger. ``can_fetch`` is False for a plain SGLang server, which
+    has no MemPool: nothing can be moved to it or from it.
     """
 
     id: InstanceId
@@ -33,11 +34,12 @@ class InstanceView:
     in_flight_prefill_tokens: int = 0
     free_tokens: int = 0
     match: Match = field(default=Match(0))
+    can_fetch: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """``tokens`` and ``page_size`` size the work. ``session`` is the client's affinity key, if any."""
+    """``tokens`` and ``page_size`` size the work; ``session`` is the client's affinity key."""
 
     tokens: int
     page_size: int

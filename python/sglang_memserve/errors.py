@@ -10,6 +10,7 @@ MemServeError
 │   ├── PeerUnreachable    no answer before the deadline
 │   ├── LeaseInvalid       the lease expired, is unknown or is of another generation
 │   └── TransferFailed     the bytes did not arrive
+├── NoInstance             no instance can serve a request; says why each cannot
 └── LimitExceeded          a configured bound was reached
 
 Expected outcomes (a miss, a partial match, nothing to fetch) are return values, not exceptions.
@@ -17,6 +18,8 @@ Our own bugs are ``assert`` statements with the values in them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class MemServeError(Exception):
@@ -57,6 +60,19 @@ class LeaseInvalid(PeerError):
 
 class TransferFailed(PeerError):
     pass
+
+
+class NoInstance(MemServeError):
+    """``reasons``: why each instance, by its URL, cannot serve."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        listed = "; ".join(f"{url}: {reason}" for url, reason in self.reasons.items())
+        super().__init__(f"no instance can serve this request ({listed or 'none is known'})")
+
+    def including(self, reasons: Mapping[str, str]) -> NoInstance:
+        """The same error with the reasons of more instances."""
+        return NoInstance({**self.reasons, **reasons})
 
 
 class LimitExceeded(MemServeError):
