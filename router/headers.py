@@ -1,0 +1,126 @@
+"""Request and response headers between client, router and instances. Pure."""
+
+from __future__ import annotations
+
+import secrets
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+RawHeaders = Sequence[tuple[bytes, bytes]]
+"""ASGI's form: lower-case names, undecoded values."""
+
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+# Set anew for each hop by whoever sends the message.
+_OURS = frozenset({b"host", b"content-length", b"expect", b"x-request-id"})
+# What an instance says about itself as a server, or about a request id that we echo ourselves.
+_NOT_PASSED_BACK = frozenset({b"date", b"server", b"x-request-id"})
+
+OPEN_PREFIXES = ("/health", "/ready", "/liveness", "/metrics")
+MAX_REQUEST_ID_BYTES = 200
+
+
+def get(headers: RawHeaders, name: bytes) -> bytes | None:
+    for key, value in headers:
+        if key == name:
+            return value
+    return None
+
+
+def request_id(headers: RawHeaders) -> str:
+    """The client's own ``x-request-id`` if it is a sane one, else a new one."""
+    given = get(headers, b"x-request-id")
+    if given and len(given) <= MAX_REQUEST_ID_BYTES and given.isascii():
+        text = given.decode("ascii").strip()
+        if text and text.isprintable():
+            return text
+    return uuid.uuid4().hex
+
+
+def authorized(headers: RawHeaders, path: str, api_key: str | None) -> bool:
+    """As SGLang: health, readiness and metrics are open, everything else wants the key."""
+    if api_key is None or path.startswith(OPEN_PREFIXES):
+        return True
+    scheme, _, token = (get(headers, b"authorization") or b"").partition(b" ")
+    if scheme.lower() != b"bearer":
+        return False
+    return secrets.compare_digest(token, api_key.encode())
+
+
+def to_instance(headers: RawHeaders, id: str, api_key: str | None) -> list[tuple[str, str]]:
+    """The client's headers as an instance gets them.
+
+    With ``api_key`` the client's own authorization, checked already, is replaced by it.
+    """
+    dropped = HOP_BY_HOP | _OURS | _named_by_connection(headers)
+    if api_key is not None:
+        dropped |= {b"authorization"}
+    passed = [(_text(name), _text(value)) for name, value in headers if name not in dropped]
+    if api_key is not None:
+        passed.append(("authorization", f"Bearer {api_key}"))
+    passed.append(("x-request-id", id))
+    return passed
+
+
+def to_client(
+    headers: RawHeaders, extra: Iterable[tuple[bytes, bytes]]
+) -> list[tuple[bytes, bytes]]:
+    """An instance's response headers as the client gets them, ours added."""
+    dropped = HOP_BY_HOP | _NOT_PASSED_BACK | _named_by_connection(headers)
+    passed = [(name.lower(), value) for name, value in headers if name.lower() not in dropped]
+    return [*passed, *extra]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the router did with a request, for its response headers."""
+
+    request_id: str
+    prefill: str | None = None
+    decode: str | None = None
+    cached_tokens: int | None = None
+    reason: str = ""
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        pairs = [(b"x-request-id", self.request_id)]
+        if self.decode is not None:
+            pairs.append((b"x-memserve-decode", self.decode))
+        if self.prefill is not None:
+            pairs.append((b"x-memserve-prefill", self.prefill))
+        if self.cached_tokens is not None:
+            pairs.append((b"x-memserve-cached-tokens", str(self.cached_tokens)))
+        if self.reason:
+            pairs.append((b"x-memserve-reason", self.reason))
+        return [(name, _header_value(value)) for name, value in pairs]
+
+
+def _named_by_connection(headers: RawHeaders) -> frozenset[bytes]:
+    """Headers that ``Connection`` declares to be for this hop only."""
+    value = get(headers, b"connection")
+    if value is None:
+        return frozenset()
+    return frozenset(name.strip().lower() for name in value.split(b","))
+
+
+def _header_value(text: str) -> bytes:
+    # A reason may quote anything; a header may not contain line ends.
+    return " ".join(text.split()).encode("ascii", "replace")
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")

@@ -1,0 +1,214 @@
+"""HTTP to instances: one shared aiohttp session, raw bytes in and out.
+
+Nagle's algorithm must be off on both sides, or a first streamed byte waits 40 ms for a delayed
+acknowledgement. asyncio and uvloop switch it off on every TCP connection, the router's listening
+side included; ``test_router_service`` holds them to it.
+
+What goes wrong with an instance is a PeerError: PeerUnreachable when no connection came about or
+no answer came in time, PeerError itself when the connection broke.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+import orjson
+from sglang_memserve.errors import PeerError, PeerUnreachable
+from yarl import URL
+
+from .headers import RawHeaders
+
+MAX_ERROR_BYTES = 4096
+MAX_JSON_BYTES = 256 * 2**20
+# uvicorn closes idle connections after 5 s; ours end first, so that we seldom race with it.
+IDLE_CONNECTION_S = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds. ``stall_s``: between two reads from an instance, the first byte included."""
+
+    connect_s: float = 3.0
+    stall_s: float = 600.0
+    total_s: float = 3600.0
+
+
+class Answer:
+    """An instance's answer whose status, headers and first bytes are here.
+
+    ``chunks`` yields the body as it comes, ``first`` first. Closing it before the end closes the
+    connection, by which the instance learns that nobody wants the rest.
+    """
+
+    def __init__(self, response: aiohttp.ClientResponse, first: bytes, deadline: float) -> None:
+        self._response = response
+        self._first = first
+        self._deadline = deadline
+        self.status = response.status
+        self.headers: RawHeaders = response.raw_headers
+
+    @property
+    def is_event_stream(self) -> bool:
+        return self._response.content_type == "text/event-stream"
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """Raises PeerError when the body breaks off, PeerUnreachable when it stalls."""
+        chunk = self._first
+        while chunk:
+            yield chunk
+            chunk = await _read(self._response, self._deadline)
+
+    async def __aenter__(self) -> Answer:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # A connection whose body was read to the end is already back in the pool.
+        self._response.close()
+
+
+class Upstream:
+    """The one HTTP client of the router. Create it inside the event loop; close it there."""
+
+    def __init__(self, deadlines: Deadlines, api_key: str | None = None) -> None:
+        self._deadlines = deadlines
+        self._own_headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=IDLE_CONNECTION_S, ttl_dns_cache=60
+            ),
+            timeout=aiohttp.ClientTimeout(
+                total=None,
+                sock_connect=deadlines.connect_s,
+                sock_read=deadlines.stall_s,
+            ),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+        )
+
+    async def open(
+        self,
+        method: str,
+        url: str,
+        headers: Iterable[tuple[str, str]],
+        body: bytes | None,
+    ) -> Answer:
+        """Send a request and wait for the answer's first bytes. ``url`` is encoded already.
+
+        Whatever the status is, it is an answer; raises PeerError when there is none.
+        """
+        deadline = time.monotonic() + self._deadlines.total_s
+        response: aiohttp.ClientResponse | None = None
+        try:
+            async with asyncio.timeout(self._deadlines.total_s):
+                response = await self._session.request(
+                    method,
+                    URL(url, encoded=True),
+                    headers=list(headers),
+                    data=body,
+                    allow_redirects=False,
+                )
+            first = await _read(response, deadline)
+        except BaseException as error:
+            if response is not None:
+                response.close()
+            if isinstance(error, aiohttp.ClientError | TimeoutError | OSError):
+                raise _peer_error(error) from error
+            raise
+        return Answer(response, first, deadline)
+
+    async def call(
+        self,
+        method: str,
+        url: str,
+        body: object | None = None,
+        *,
+        deadline_s: float,
+        max_bytes: int = MAX_JSON_BYTES,
+    ) -> Any:
+        """One of the router's own questions: JSON (or bytes) out, decoded JSON back.
+
+        Raises PeerError for anything but a 2xx answer with JSON before the deadline.
+        """
+        async with self.exchange(method, url, body, deadline_s=deadline_s) as response:
+            data = await _read_all(response, max_bytes)
+            if not 200 <= response.status < 300:
+                raise PeerError(f"{url} answered {response.status}: {_excerpt(data)}")
+        try:
+            return orjson.loads(data) if data else None
+        except orjson.JSONDecodeError as error:
+            raise PeerError(f"{url} answered no JSON: {error}") from error
+
+    @asynccontextmanager
+    async def exchange(
+        self, method: str, url: str, body: object | None = None, *, deadline_s: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Any answer of an instance to a question of our own, all within the deadline."""
+        data = body if isinstance(body, bytes) or body is None else orjson.dumps(body)
+        headers = dict(self._own_headers)
+        if data is not None:
+            headers["Content-Type"] = "application/json"
+        try:
+            async with (
+                asyncio.timeout(deadline_s),
+                self._session.request(
+                    method,
+                    URL(url, encoded=True),
+                    headers=headers,
+                    data=data,
+                    timeout=aiohttp.ClientTimeout(
+                        total=deadline_s, sock_connect=min(deadline_s, self._deadlines.connect_s)
+                    ),
+                ) as response,
+            ):
+                yield response
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise _peer_error(error) from error
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+async def _read(response: aiohttp.ClientResponse, deadline: float) -> bytes:
+    """The next bytes as they came, empty at the end."""
+    try:
+        async with asyncio.timeout(max(deadline - time.monotonic(), 0.0)):
+            return await response.content.readany()
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        raise _peer_error(error) from error
+
+
+async def _read_all(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    parts = []
+    size = 0
+    async for chunk in response.content.iter_any():
+        size += len(chunk)
+        if size > limit:
+            raise PeerError(f"{response.url} answered more than {limit} bytes")
+        parts.append(chunk)
+    return b"".join(parts)
+
+
+def _peer_error(error: Exception) -> PeerError:
+    if isinstance(error, TimeoutError):
+        return PeerUnreachable(f"no answer in time ({str(error) or 'deadline'})")
+    text = str(error) or type(error).__name__
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return PeerUnreachable(text)
+    return PeerError(f"connection broke: {text}")
+
+
+def _excerpt(data: bytes) -> str:
+    return data[:MAX_ERROR_BYTES].decode("utf-8", "replace")[:300]

@@ -1,0 +1,113 @@
+"""The router's own answers, in SGLang's and OpenAI's shapes, as ASGI messages."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+JSON = b"application/json"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole answer of ours. ``headers`` come on top of content type and length."""
+
+    status: int
+    body: bytes
+    content_type: bytes = JSON
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+
+    async def send(self, send: Send, extra: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        head = [
+            (b"content-type", self.content_type),
+            (b"content-length", str(len(self.body)).encode()),
+            *self.headers,
+            *extra,
+        ]
+        await send({"type": "http.response.start", "status": self.status, "headers": head})
+        await send({"type": "http.response.body", "body": self.body})
+
+
+def json_reply(value: object, status: int = 200) -> Reply:
+    return Reply(status, orjson.dumps(value))
+
+
+def error(status: int, message: str, kind: str | None = None) -> Reply:
+    """SGLang's ``ErrorResponse`` shape (``http_server.validation_exception_handler``)."""
+    return json_reply(error_body(status, message, kind), status)
+
+
+def error_body(status: int, message: str, kind: str | None = None) -> dict[str, object]:
+    return {
+        "object": "error",
+        "message": message,
+        "type": kind or HTTPStatus(status).phrase,
+        "param": None,
+        "code": status,
+    }
+
+
+def bad_request(message: str) -> Reply:
+    return error(400, message)
+
+
+def unauthorized() -> Reply:
+    """SGLang's own words for a missing or wrong key."""
+    return json_reply({"error": "Unauthorized"}, 401)
+
+
+def unknown_model(model: str) -> Reply:
+    """OpenAI's shape; the SDK turns it into NotFoundError."""
+    return json_reply(
+        {
+            "error": {
+                "message": f"The model '{model}' does not exist",
+                "type": "invalid_request_error",
+                "param": "model",
+                "code": "model_not_found",
+            }
+        },
+        404,
+    )
+
+
+def unavailable(message: str, instances: Mapping[str, str]) -> Reply:
+    """No instance can serve: ``instances`` maps each one's URL to the reason why it cannot."""
+    listed = "; ".join(f"{url}: {why}" for url, why in instances.items()) or "no instances known"
+    body = error_body(503, f"{message} ({listed})")
+    body["instances"] = [{"url": url, "reason": why} for url, why in instances.items()]
+    reply = json_reply(body, 503)
+    reply.headers.append((b"retry-after", b"1"))
+    return reply
+
+
+def too_large(limit_bytes: int) -> Reply:
+    reply = error(413, f"the request body is larger than {limit_bytes} bytes")
+    # The rest of the body is not read.
+    reply.headers.append((b"connection", b"close"))
+    return reply
+
+
+def too_many(limit: int) -> Reply:
+    reply = error(429, f"{limit} requests are in flight already; try again")
+    reply.headers.append((b"retry-after", b"1"))
+    return reply
+
+
+def stream_error(message: str, tail: bytes) -> bytes:
+    """What ends an event stream that broke. ``tail``: the last bytes sent before.
+
+    A frame that was cut short is closed first, so that ours is read as one of its own.
+    """
+    gap = b"" if not tail or tail.endswith((b"\n\n", b"\r\n\r\n")) else b"\n\n"
+    frame = orjson.dumps({"error": error_body(502, message)})
+    return gap + b"data: " + frame + b"\n\ndata: [DONE]\n\n"
