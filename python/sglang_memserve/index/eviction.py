@@ -1,0 +1,68 @@
+"""Which leaf to evict next: a min-heap of stamps in which every block has at most one entry.
+
+A touch does not move the entry: it only makes the block's stamp newer than the entry's. The entry
+is put right when it surfaces. So touching costs nothing here, and the heap never holds more
+entries than there are blocks, however many touches come between two evictions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from heapq import heappop, heappush, heapreplace
+
+_BLOCK_BITS = 32
+_BLOCK_MASK = (1 << _BLOCK_BITS) - 1
+
+
+class LeafHeap:
+    """Candidates for eviction among the blocks 0 .. capacity - 1. Stamps of a block only grow."""
+
+    def __init__(self, capacity: int) -> None:
+        assert capacity <= _BLOCK_MASK, capacity
+        # One int holds (stamp, block): smaller than a tuple and compared in one step.
+        self._entries: list[int] = []
+        self._listed = bytearray(capacity)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def offer(self, block: int, stamp: int) -> None:
+        """``block`` is evictable from now on; ``take`` finds out when it no longer is."""
+        if not self._listed[block]:
+            self._listed[block] = 1
+            heappush(self._entries, stamp << _BLOCK_BITS | block)
+
+    def take(self, stamps: Sequence[int], evictable: Callable[[int], bool]) -> int | None:
+        """Remove and return the evictable block with the least stamp; None when there is none.
+
+        A block that ``evictable`` denies loses its entry: offer it again when it changes."""
+        entries = self._entries
+        while entries:
+            entry = entries[0]
+            block = entry & _BLOCK_MASK
+            if not evictable(block):
+                heappop(entries)
+                self._listed[block] = 0
+                continue
+            stamp = stamps[block]
+            if stamp != entry >> _BLOCK_BITS:
+                heapreplace(entries, stamp << _BLOCK_BITS | block)
+                continue
+            heappop(entries)
+            self._listed[block] = 0
+            return block
+        return None
+
+    def clear(self) -> None:
+        self._entries.clear()
+        self._listed = bytearray(len(self._listed))
+
+    def check(self, stamps: Sequence[int], evictable: Callable[[int], bool]) -> None:
+        """One entry a listed block, none newer than its block; every evictable block listed."""
+        blocks = [entry & _BLOCK_MASK for entry in self._entries]
+        assert len(blocks) == len(set(blocks)) == sum(self._listed), (len(blocks), blocks[:16])
+        for entry, block in zip(self._entries, blocks, strict=True):
+            assert self._listed[block], block
+            assert entry >> _BLOCK_BITS <= stamps[block] or not evictable(block), (entry, block)
+        for block in range(len(self._listed)):
+            assert self._listed[block] or not evictable(block), f"block {block} is forgotten"

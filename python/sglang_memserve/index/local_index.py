@@ -1,0 +1,293 @@
+"""The page forest of one rank: which block holds which page, and which page goes next.
+
+Theory of operation. A page is named by its key, and a key stands for the whole prefix up to it, so
+finding a page is one dictionary look-up and no tree is walked. What makes the pages a forest are
+the parent links: a page with resident children is of no use to evict, since its children could no
+longer be reached. Hence leaf-first eviction.
+
+A resident page has exactly one block, so all that is known of a page lies in arrays indexed by its
+block: no object a page, nothing for the garbage collector to walk.
+
+- *Parents.* ``_parent[block]`` is a key, not a block: the parent need not be resident (the engine's
+  device tier may hold the head of a prefix that we hold the tail of). Children of a parent that is
+  not resident are counted in ``_waiting``; when it arrives it takes the count over.
+- *Recency.* A logical counter stamps pages as they are touched: O(length touched), ancestors are
+  not visited. A page is as recent as its most recent descendant, which matters only when it becomes
+  a leaf: a removed page leaves its stamp to its parent if that is newer.
+- *Pins* are counts. A pinned page is not evicted. A pinned page may be removed by name or by
+  ``clear``: then it can no longer be found, and its block becomes an *orphan* that is given back
+  when its last pin ends.
+
+    evictable = resident, no resident children, no pins
+    every block is in one state: absent | resident | orphan, and orphan implies pins > 0
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..types import BlockId, PageKey
+from .eviction import LeafHeap
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """Pages that are no longer readable, and the blocks of those that nobody had pinned."""
+
+    keys: list[PageKey]
+    blocks: list[BlockId]
+
+
+class LocalIndex:
+    """Pages in blocks 0 .. capacity - 1. Not thread-safe; no method waits."""
+
+    def __init__(self, capacity: int) -> None:
+        self._block_of: dict[PageKey, BlockId] = {}
+        self._key: list[PageKey | None] = [None] * capacity
+        self._parent: list[PageKey | None] = [None] * capacity
+        self._children: list[int] = [0] * capacity
+        self._pins: list[int] = [0] * capacity
+        self._stamp = array("q", bytes(8 * capacity))
+        self._clock = 0
+        self._waiting: dict[PageKey, int] = {}
+        self._orphans: set[BlockId] = set()
+        self._leaves = LeafHeap(capacity)
+        self._pinned = 0
+
+    def __len__(self) -> int:
+        return len(self._block_of)
+
+    def __contains__(self, key: PageKey) -> bool:
+        return key in self._block_of
+
+    @property
+    def pinned_blocks(self) -> int:
+        """Blocks with at least one pin, orphans included."""
+        return self._pinned
+
+    @property
+    def orphan_blocks(self) -> int:
+        return len(self._orphans)
+
+    # -- find --
+
+    def leading(self, keys: Iterable[PageKey]) -> int:
+        """How many of ``keys`` are resident before the first that is not."""
+        resident = self._block_of
+        count = 0
+        for key in keys:
+            if key not in resident:
+                break
+            count += 1
+        return count
+
+    def match(self, keys: Iterable[PageKey]) -> list[BlockId]:
+        """Blocks of the leading resident run of ``keys``. Changes nothing."""
+        get = self._block_of.get
+        blocks: list[BlockId] = []
+        for key in keys:
+            block = get(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def get(self, key: PageKey) -> BlockId | None:
+        return self._block_of.get(key)
+
+    def pages(self) -> tuple[list[PageKey], list[PageKey | None]]:
+        """All resident keys and, in the same order, their parents' keys."""
+        parent = self._parent
+        return list(self._block_of), [parent[block] for block in self._block_of.values()]
+
+    def orphans(self) -> set[BlockId]:
+        """Blocks of removed pages that are still pinned."""
+        return set(self._orphans)
+
+    def pins(self) -> dict[BlockId, int]:
+        """All pinned blocks and their counts."""
+        return {BlockId(block): count for block, count in enumerate(self._pins) if count}
+
+    # -- change --
+
+    def insert(
+        self,
+        keys: Sequence[PageKey],
+        blocks: Sequence[BlockId],
+        parents: Sequence[PageKey | None],
+    ) -> list[PageKey | None]:
+        """Make ``blocks[i]`` the block of ``keys[i]``, whose prefix goes on from ``parents[i]``
+        (None: it starts a prefix, or nobody knows). The pages are touched.
+
+        No key may be resident, no block in use. Returns the parents as they were linked.
+        """
+        linked: list[PageKey | None] = []
+        self._clock += len(keys)
+        stamp = self._clock
+        for key, block, parent in zip(keys, blocks, parents, strict=True):
+            assert key not in self._block_of, f"page {key.hex()} is resident"
+            assert self._key[block] is None and not self._pins[block], f"block {block} is in use"
+            self._block_of[key] = block
+            self._key[block] = key
+            self._stamp[block] = stamp
+            stamp -= 1
+            children = self._waiting.pop(key, 0)
+            self._children[block] = children
+            if children and self._descends(parent, key):
+                # Nothing is its own ancestor: whoever named this parent does not know the chain.
+                parent = None
+            self._parent[block] = parent
+            linked.append(parent)
+            if parent is not None:
+                above = self._block_of.get(parent)
+                if above is None:
+                    self._waiting[parent] = self._waiting.get(parent, 0) + 1
+                else:
+                    self._children[above] += 1
+        # Only now: the inner pages of the chain have got their children.
+        for block in blocks:
+            if not self._children[block]:
+                self._leaves.offer(block, self._stamp[block])
+        return linked
+
+    def touch(self, blocks: Sequence[BlockId]) -> None:
+        """These pages (a chain, head first) were used now; the head counts as used last."""
+        self._clock += len(blocks)
+        stamp = self._clock
+        stamps = self._stamp
+        for block in blocks:
+            stamps[block] = stamp
+            stamp -= 1
+
+    def pin(self, blocks: Iterable[BlockId]) -> None:
+        """One pin more on each; a block named twice gets two."""
+        pins = self._pins
+        for block in blocks:
+            assert self._key[block] is not None, f"block {block} is not resident"
+            if not pins[block]:
+                self._pinned += 1
+            pins[block] += 1
+
+    def unpin(self, blocks: Iterable[BlockId]) -> list[BlockId]:
+        """One pin less on each. Returns the orphans among them whose last pin this was."""
+        pins = self._pins
+        ended: list[BlockId] = []
+        for block in blocks:
+            assert pins[block] > 0, f"block {block} is not pinned"
+            pins[block] -= 1
+            if pins[block]:
+                continue
+            self._pinned -= 1
+            if block in self._orphans:
+                self._orphans.remove(block)
+                ended.append(block)
+            elif not self._children[block]:
+                self._leaves.offer(block, self._stamp[block])
+        return ended
+
+    def evict(self, count: int) -> Removed:
+        """Remove up to ``count`` pages, least recently used leaf first, never a pinned one."""
+        keys: list[PageKey] = []
+        blocks: list[BlockId] = []
+        while len(keys) < count:
+            block = self._leaves.take(self._stamp, self._evictable)
+            if block is None:
+                break
+            keys.append(self._unlink(BlockId(block)))
+            blocks.append(BlockId(block))
+        return Removed(keys, blocks)
+
+    def remove(self, keys: Iterable[PageKey]) -> Removed:
+        """Remove those of ``keys`` that are resident, whatever hangs under them stays."""
+        removed: list[PageKey] = []
+        blocks: list[BlockId] = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                continue
+            removed.append(self._unlink(block))
+            if self._pins[block]:
+                self._orphans.add(block)
+            else:
+                blocks.append(block)
+        return Removed(removed, blocks)
+
+    def clear(self) -> Removed:
+        """Remove every page."""
+        keys = list(self._block_of)
+        blocks: list[BlockId] = []
+        for block in self._block_of.values():
+            if self._pins[block]:
+                self._orphans.add(block)
+            else:
+                blocks.append(block)
+        capacity = len(self._key)
+        self._block_of = {}
+        self._key = [None] * capacity
+        self._parent = [None] * capacity
+        self._children = [0] * capacity
+        self._waiting = {}
+        self._leaves.clear()
+        return Removed(keys, blocks)
+
+    # -- inside --
+
+    def _evictable(self, block: int) -> bool:
+        return not self._children[block] and not self._pins[block] and self._key[block] is not None
+
+    def _descends(self, key: PageKey | None, ancestor: PageKey) -> bool:
+        """Whether the links from ``key`` upwards lead to ``ancestor``."""
+        while key is not None and key != ancestor:
+            block = self._block_of.get(key)
+            key = None if block is None else self._parent[block]
+        return key is not None
+
+    def _unlink(self, block: BlockId) -> PageKey:
+        key = self._key[block]
+        assert key is not None, f"block {block} is not resident"
+        del self._block_of[key]
+        self._key[block] = None
+        children = self._children[block]
+        if children:
+            self._waiting[key] = children
+            self._children[block] = 0
+        parent = self._parent[block]
+        if parent is None:
+            return key
+        self._parent[block] = None
+        above = self._block_of.get(parent)
+        if above is None:
+            if self._waiting[parent] == 1:
+                del self._waiting[parent]
+            else:
+                self._waiting[parent] -= 1
+            return key
+        self._children[above] -= 1
+        self._stamp[above] = max(self._stamp[above], self._stamp[block])
+        if not self._children[above] and not self._pins[above]:
+            self._leaves.offer(above, self._stamp[above])
+        return key
+
+    def check(self) -> None:
+        """Invariants of the whole index; O(capacity)."""
+        children: dict[PageKey, int] = {}
+        for key, block in self._block_of.items():
+            assert self._key[block] == key, (key, block)
+            parent = self._parent[block]
+            if parent is not None:
+                children[parent] = children.get(parent, 0) + 1
+        for block, held in enumerate(self._key):
+            if held is None:
+                assert not self._children[block] and self._parent[block] is None, block
+                assert (self._pins[block] > 0) == (block in self._orphans), block
+            else:
+                assert self._block_of[held] == block, (held, block)
+                assert self._children[block] == children.pop(held, 0), (held, block)
+                assert block not in self._orphans, block
+                assert self._stamp[block] <= self._clock, block
+        assert self._waiting == children, (self._waiting, children)
+        assert self._pinned == sum(1 for pins in self._pins if pins), self._pinned
+        assert min(self._pins, default=0) >= 0
+        self._leaves.check(self._stamp, self._evictable)
