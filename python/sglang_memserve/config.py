@@ -1,0 +1,164 @@
+"""Settings of one instance: parsed once at the edge, frozen, and carried to the ranks as JSON.
+
+The launcher builds an ``InstanceConfig`` from the command line. SGLang hands
+``InstanceConfig.to_json()`` to the linker of each scheduler process (``linker_extra_config``),
+where ``InstanceConfig.from_json`` reads it again, once, and refuses anything it does not know.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass, field, fields
+from urllib.parse import urlsplit
+
+import msgspec
+import psutil
+
+from .errors import ConfigError
+from .types import Generation, InstanceId, Role
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)")
+
+DEFAULT_DRAM = "2GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Upper bounds a rank enforces on what peers and routers ask of it.
+
+    Durations are seconds. A request for more is served with the bound, not refused.
+    """
+
+    lease_ttl_s: float = 30.0
+    lease_wait_s: float = 60.0
+    fetch_deadline_s: float = 120.0
+    connect_timeout_s: float = 2.0
+    max_leases: int = 1024
+    max_fetches: int = 64
+    max_pages_per_request: int = 16384
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"limit {item.name} must be positive and finite, got {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceConfig:
+    """All that MemServe knows about an instance before its engine starts.
+
+    ``role`` is the role at boot; it can be changed later. ``peer_host`` is the host the ranks'
+    peer and event sockets listen on and are reached at. ``runtime_dir`` is a private folder of
+    this boot that holds the local sockets.
+    """
+
+    role: Role
+    url: InstanceId
+    generation: Generation
+    peer_host: str
+    runtime_dir: str
+    mempool_dram_bytes: int
+    router_urls: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.mempool_dram_bytes <= 0:
+            raise ConfigError(f"mempool DRAM must be positive, got {self.mempool_dram_bytes} bytes")
+        for name in ("url", "generation", "peer_host", "runtime_dir"):
+            if not getattr(self, name):
+                raise ConfigError(f"instance setting {name} must not be empty")
+
+    def local_address(self, rank: int) -> str:
+        """ZMQ address of a rank's ``local`` socket, for this machine's user only."""
+        return f"ipc://{self.runtime_dir}/rank{rank}.sock"
+
+    def to_json(self) -> dict[str, object]:
+        """JSON-compatible form; ``from_json`` inverts it."""
+        encoded: dict[str, object] = msgspec.to_builtins(self)
+        return encoded
+
+    @classmethod
+    def from_json(cls, value: object) -> InstanceConfig:
+        """Raises ConfigError for anything that ``to_json`` does not produce."""
+        if not isinstance(value, dict):
+            raise ConfigError(f"instance settings must be an object, got {type(value).__name__}")
+        _require_exact_keys(cls, value)
+        limits = value["limits"]
+        if isinstance(limits, dict):
+            _require_exact_keys(Limits, limits)
+        try:
+            return msgspec.convert(value, cls)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"instance settings: {error}") from error
+
+
+def _require_exact_keys(cls: type[InstanceConfig] | type[Limits], value: dict[str, object]) -> None:
+    known = {item.name for item in fields(cls)}
+    unknown, missing = sorted(set(value) - known, key=str), sorted(known - set(value))
+    if unknown or missing:
+        raise ConfigError(f"{cls.__name__}: unknown settings {unknown}, missing settings {missing}")
+
+
+def new_generation() -> Generation:
+    return Generation(secrets.token_hex(8))
+
+
+def parse_role(text: str) -> Role:
+    try:
+        return Role(text)
+    except ValueError:
+        names = ", ".join(role.value for role in Role)
+        raise ConfigError(f"unknown role {text!r}: choose one of {names}") from None
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``2GiB``, ``512MiB``, ``1.5gb`` or a plain number of bytes."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"malformed size {text!r}: expected a number with a unit, such as 2GiB")
+    size = int(float(match[1]) * _UNITS[match[2].lower()])
+    if size <= 0:
+        raise ConfigError(f"size {text!r} must be positive")
+    return size
+
+
+def parse_dram(text: str, machine_bytes: int | None = None) -> int:
+    """Bytes of ``--mempool-dram``; refuses more than the machine has.
+
+    ``machine_bytes`` is this machine's physical memory when not given.
+    """
+    size = parse_size(text)
+    total = psutil.virtual_memory().total if machine_bytes is None else machine_bytes
+    if size > total:
+        raise ConfigError(
+            f"--mempool-dram {text} is more than this machine's memory ({total / 2**30:.1f} GiB)"
+        )
+    return size
+
+
+def parse_url(text: str) -> str:
+    """An ``http(s)://host[:port]`` base URL without a trailing slash."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"malformed URL {text!r}: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise ConfigError(f"malformed URL {text!r}: expected http://host:port")
+    if parts.query or parts.fragment or parts.username is not None or parts.path not in ("", "/"):
+        raise ConfigError(f"malformed URL {text!r}: expected only a scheme, a host and a port")
+    return f"{parts.scheme}://{parts.netloc}"
