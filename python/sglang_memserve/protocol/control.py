@@ -28,7 +28,7 @@ class _Message(msgspec.Struct, frozen=True, tag=True):
     pass
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True):
     """The asker introduces itself. It only reads, so the holder needs none of its memory."""
 
     version: int
@@ -37,7 +37,7 @@ class Hello(_Message):
     namespace: Namespace
 
 
-class HelloReply(_Message):
+class HelloReply(_Message, frozen=True):
     """``transport_metadata``: the holder's NIXL agent metadata (or the loopback's name)."""
 
     version: int
@@ -47,7 +47,7 @@ class HelloReply(_Message):
     transport_metadata: bytes
 
 
-class LeaseRequest(_Message):
+class LeaseRequest(_Message, frozen=True):
     """Pin the leading run of ``keys`` (32-byte page keys in chain order) that is readable.
 
     Answered as soon as at least ``min_pages`` of them are readable, and with whatever is readable
@@ -61,7 +61,7 @@ class LeaseRequest(_Message):
     ttl_s: float
 
 
-class LeaseReply(_Message):
+class LeaseReply(_Message, frozen=True):
     """``lease_id`` is 0 and ``addresses`` empty when nothing was readable.
 
     ``addresses[i]`` is the holder's virtual address of the block of ``keys[i]``;
@@ -73,18 +73,18 @@ class LeaseReply(_Message):
     checksums: list[int]
 
 
-class ReleaseRequest(_Message):
+class ReleaseRequest(_Message, frozen=True):
     generation: str
     lease_id: int
 
 
-class ReleaseReply(_Message):
+class ReleaseReply(_Message, frozen=True):
     """``valid``: the lease had not expired; what was read under it may be published."""
 
     valid: bool
 
 
-class FetchRequest(_Message):
+class FetchRequest(_Message, frozen=True):
     """Make ``keys`` (a whole prefix from page 0, in chain order) readable here, reading what is
     missing from the peer at ``peer_address`` (its ``peer`` socket).
 
@@ -99,7 +99,7 @@ class FetchRequest(_Message):
     deadline_s: float
 
 
-class FetchReply(_Message):
+class FetchReply(_Message, frozen=True):
     """``present_pages``: leading pages that were here before; ``readable_pages``: leading pages
     readable now; ``fetched_pages``/``fetched_bytes``: moved by this fetch. ``outcome`` is
     ``complete`` or the reason why not all keys are readable."""
@@ -112,31 +112,31 @@ class FetchReply(_Message):
     outcome: str
 
 
-class SnapshotRequest(_Message):
+class SnapshotRequest(_Message, frozen=True):
     pass
 
 
-class SnapshotReply(_Message):
+class SnapshotReply(_Message, frozen=True):
     """``snapshot`` is an encoded ``events.Snapshot``."""
 
     snapshot: bytes
 
 
-class StatsRequest(_Message):
+class StatsRequest(_Message, frozen=True):
     pass
 
 
-class StatsReply(_Message):
+class StatsReply(_Message, frozen=True):
     """Counters and gauges of one rank; names are documented in ``docs/mempool.md``."""
 
     values: dict[str, float]
 
 
-class InfoRequest(_Message):
+class InfoRequest(_Message, frozen=True):
     pass
 
 
-class InfoReply(_Message):
+class InfoReply(_Message, frozen=True):
     rank: int
     generation: str
     namespace: Namespace
@@ -145,7 +145,7 @@ class InfoReply(_Message):
     total_blocks: int
 
 
-class ErrorReply(_Message):
+class ErrorReply(_Message, frozen=True):
     """``kind`` is the name of a class in ``errors``; ``message`` its text."""
 
     kind: str

@@ -23,7 +23,7 @@ class _Event(msgspec.Struct, frozen=True, omit_defaults=True, tag=True, gc=False
     pass
 
 
-class BlockStored(_Event):
+class BlockStored(_Event, frozen=True):
     """Pages became readable. ``block_hashes`` form a chain that hangs under ``parent_block_hash``.
 
     ``token_ids`` is always empty here: MemPool knows keys, never text.
@@ -38,14 +38,14 @@ class BlockStored(_Event):
     medium: str | None = None
 
 
-class BlockRemoved(_Event):
+class BlockRemoved(_Event, frozen=True):
     """Pages are no longer readable in ``medium``."""
 
     block_hashes: list[int]
     medium: str | None = None
 
 
-class AllBlocksCleared(_Event):
+class AllBlocksCleared(_Event, frozen=True):
     """Nothing is readable any more."""
 
 
