@@ -2,8 +2,6 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 MODEL := .cache/models/SmolLM2-135M-Instruct
-# Code of ours that is type-checked beside the package itself.
-CHECKED := python router test benchmark tools
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check layers lint format bench lock clean
@@ -23,7 +21,7 @@ test: setup  ## all tests, quick ones first (ARGS="-k name" ...)
 check: setup  ## ruff, formatting, types, import layers
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m mypy
+	@$(PY) tools/typecheck.py
 	@$(PY) -m pytest -q test/architecture
 
 lint: setup  ## ruff with its safe fixes

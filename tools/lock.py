@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "lock.txt"
 HEADER = """\
-# Exact versions of the whole working set (engine and dev extras), tried together on Linux x86-64 with
+# Exact versions of the whole working set (engine and dev extras), tried together on Linux x86-64,
 # Python 3.11 to 3.13. Written by `make lock`; no addresses and no hashes, so any registry will do.
 """
 
