@@ -131,9 +131,10 @@ class Cluster:
         answers = probe.router_answers(self._router.url)
         registered = probe.ready_workers(self._router.url, self._api_key) if answers else set()
         for member in self._instances:
-            if member.stage is not Stage.UP:
+            if member.stage is not Stage.READY:
                 member.stage = probe.instance_stage(member.url)
-            if member.url in registered:
+            # Both must say so: a router's word alone may be about one that has just died.
+            if member.stage is Stage.UP and member.url in registered:
                 member.stage = Stage.READY
         if answers:
             all_ready = all(member.stage is Stage.READY for member in self._instances)
