@@ -167,7 +167,8 @@ class MemPool:
             return self._index.match(keys)
 
     def delete(self, keys: Sequence[PageKey]) -> int:
-        """Drop those of ``keys`` that are readable; returns how many. What hangs under them stays."""
+        """Drop those of ``keys`` that are readable, but not what hangs under them; returns how
+        many there were."""
         with self._lock:
             self._end_expired()
             removed = self._index.remove(keys)

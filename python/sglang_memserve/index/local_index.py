@@ -240,8 +240,8 @@ class LocalIndex:
     def _descends(self, key: PageKey | None, ancestor: PageKey) -> bool:
         """Whether the links from ``key`` upwards lead to ``ancestor``."""
         while key is not None and key != ancestor:
-            block = self._block_of.get(key)
-            key = None if block is None else self._parent[block]
+            above = self._block_of.get(key)
+            key = None if above is None else self._parent[above]
         return key is not None
 
     def _unlink(self, block: BlockId) -> PageKey:
@@ -278,15 +278,15 @@ class LocalIndex:
             parent = self._parent[block]
             if parent is not None:
                 children[parent] = children.get(parent, 0) + 1
-        for block, held in enumerate(self._key):
+        for place, held in enumerate(self._key):
             if held is None:
-                assert not self._children[block] and self._parent[block] is None, block
-                assert (self._pins[block] > 0) == (block in self._orphans), block
+                assert not self._children[place] and self._parent[place] is None, place
+                assert (self._pins[place] > 0) == (place in self._orphans), place
             else:
-                assert self._block_of[held] == block, (held, block)
-                assert self._children[block] == children.pop(held, 0), (held, block)
-                assert block not in self._orphans, block
-                assert self._stamp[block] <= self._clock, block
+                assert self._block_of[held] == place, (held, place)
+                assert self._children[place] == children.pop(held, 0), (held, place)
+                assert place not in self._orphans, place
+                assert self._stamp[place] <= self._clock, place
         assert self._waiting == children, (self._waiting, children)
         assert self._pinned == sum(1 for pins in self._pins if pins), self._pinned
         assert min(self._pins, default=0) >= 0

@@ -140,7 +140,8 @@ class PoolStore:
     """Blocks being filled; see ``transfer.base.Store``. Made by ``MemPool.prepare_store``.
 
     ``held`` are resident pages of the same chain, pinned meanwhile so that what is published has
-    its head. ``flushed``: the pool was cleared since, so nothing will be published. A context manager: leaving it without a commit aborts.
+    its head. ``flushed``: the pool was cleared since, so nothing will be published.
+    A context manager: leaving it without a commit aborts.
     """
 
     __slots__ = ("_end", "ended", "flushed", "held", "keys", "missing", "parent")
