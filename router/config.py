@@ -1,0 +1,178 @@
+"""The router's settings: the command line, parsed and checked once, frozen.
+
+The spellings of sglang-router are accepted as well (``--worker-urls``, ``--prefill URL [PORT]``,
+``--decode URL``, ``cache_aware``, ``round_robin``), so that an existing command line works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from sglang_memserve.config import parse_size, parse_url
+from sglang_memserve.errors import ConfigError
+from sglang_memserve.types import InstanceId, Role
+
+from .policy.registry import POLICIES
+
+_POLICY_ALIASES = {"cache-aware": "cost"}
+_LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
+@dataclass(frozen=True, slots=True)
+class StaticInstance:
+    """A listed URL. ``role`` is None when the instance's own word counts."""
+
+    url: InstanceId
+    role: Role | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Durations are seconds. ``bypass_tokens``: see ``policy.registry.make_policy``.
+
+    ``model_path``: folder of the tokenizer, where it is not the instances' model path.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 30000
+    instances: tuple[StaticInstance, ...] = ()
+    policy: str = "cost"
+    bypass_tokens: int | None = None
+    model_path: str | None = None
+    api_key: str | None = None
+    heartbeat_s: float = 2.0
+    expire_s: float = 10.0
+    request_timeout_s: float = 600.0
+    fetch_timeout_s: float = 10.0
+    max_body_bytes: int = 64 * 2**20
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        if not self.host:
+            raise ConfigError("--host must not be empty")
+        if not 1 <= self.port <= 65535:
+            raise ConfigError(f"--port must be in 1..65535, got {self.port}")
+        if self.policy not in POLICIES:
+            raise ConfigError(f"unknown policy {self.policy!r}: choose one of {_policy_names()}")
+        if self.bypass_tokens is not None and self.bypass_tokens < 0:
+            raise ConfigError(f"--bypass-tokens must not be negative, got {self.bypass_tokens}")
+        for name in ("heartbeat_s", "expire_s", "request_timeout_s", "fetch_timeout_s"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} must be positive and finite, got {value}")
+        if self.expire_s <= self.heartbeat_s:
+            raise ConfigError(
+                f"--expire-s ({self.expire_s}) must be longer than --heartbeat-s "
+                f"({self.heartbeat_s}): every instance would be dropped"
+            )
+        if self.max_body_bytes <= 0:
+            raise ConfigError(f"--max-body-bytes must be positive, got {self.max_body_bytes}")
+        if self.log_level not in _LOG_LEVELS:
+            raise ConfigError(
+                f"unknown log level {self.log_level!r}: choose one of {', '.join(_LOG_LEVELS)}"
+            )
+        urls = [instance.url for instance in self.instances]
+        for url in urls:
+            if urls.count(url) > 1:
+                raise ConfigError(f"{url} is listed more than once")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
+    """Raises ConfigError, one line, for anything wrong; ``--help`` prints and exits."""
+    args = _parser().parse_args(argv)
+    instances = [StaticInstance(_url(url)) for url in args.instance + _flat(args.worker_urls)]
+    instances += [StaticInstance(_paired(words), Role.PREFILL) for words in args.prefill]
+    instances += [StaticInstance(_url(url), Role.DECODE) for url in _flat(args.decode)]
+    policy = args.policy.replace("_", "-")
+    return RouterConfig(
+        host=args.host,
+        port=args.port,
+        instances=tuple(instances),
+        policy=_POLICY_ALIASES.get(policy, policy),
+        bypass_tokens=args.bypass_tokens,
+        model_path=args.model_path,
+        api_key=args.api_key,
+        heartbeat_s=args.heartbeat_s,
+        expire_s=args.expire_s,
+        request_timeout_s=args.request_timeout_s,
+        fetch_timeout_s=args.fetch_timeout_s,
+        max_body_bytes=parse_size(args.max_body_bytes),
+        log_level=args.log_level.lower(),
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = RouterConfig()
+    parser = _Parser(
+        prog="python -m sglang_memserve.router",
+        description="One URL for many SGLang instances that share their KV cache.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--host", default=defaults.host)
+    add("--port", type=int, default=defaults.port)
+    where = parser.add_argument_group(
+        "instances", "Instances started with --router-url register themselves."
+    )
+    where.add_argument("--instance", action="append", default=[], metavar="URL")
+    where.add_argument("--worker-urls", action="append", nargs="*", default=[], metavar="URL")
+    where.add_argument(
+        "--prefill",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("URL", "PORT"),
+        help="prefill here; a bootstrap port is accepted and not needed",
+    )
+    where.add_argument("--decode", action="append", nargs="+", default=[], metavar="URL")
+    where.add_argument(
+        "--pd-disaggregation",
+        action="store_true",
+        help="accepted and not needed: roles are labels here",
+    )
+    add("--policy", default=defaults.policy, help=f"{_policy_names()} (default: %(default)s)")
+    add(
+        "--bypass-tokens",
+        type=int,
+        metavar="N",
+        help="let the decode instance compute up to N uncached tokens itself; "
+        "0: never a whole page (default: decide by cost)",
+    )
+    add("--model-path", metavar="DIR", help="tokenizer's folder (default: the instances' own)")
+    add("--api-key", help="asked of clients and sent to instances")
+    add("--heartbeat-s", type=float, default=defaults.heartbeat_s, metavar="S")
+    add("--expire-s", type=float, default=defaults.expire_s, metavar="S")
+    add("--request-timeout-s", type=float, default=defaults.request_timeout_s, metavar="S")
+    add("--fetch-timeout-s", type=float, default=defaults.fetch_timeout_s, metavar="S")
+    add("--max-body-bytes", default=str(defaults.max_body_bytes), metavar="SIZE")
+    add("--log-level", default=defaults.log_level, help=", ".join(_LOG_LEVELS))
+    return parser
+
+
+def _policy_names() -> str:
+    return ", ".join(POLICIES)
+
+
+def _flat(groups: Sequence[Sequence[str]]) -> list[str]:
+    return [word for group in groups for word in group]
+
+
+def _url(text: str) -> InstanceId:
+    return InstanceId(parse_url(text))
+
+
+def _paired(words: Sequence[str]) -> InstanceId:
+    """sglang-router's ``--prefill URL [BOOTSTRAP_PORT|none]``."""
+    if len(words) > 2 or (len(words) == 2 and not (words[1].isdigit() or words[1] == "none")):
+        raise ConfigError(f"--prefill takes one URL, and maybe a port; got {' '.join(words)!r}")
+    return _url(words[0])

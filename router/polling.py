@@ -1,0 +1,120 @@
+"""Asks listed URLs what they are and how busy they are: the shell around ``Instances``' statics.
+
+An instance that registers itself needs none of this. A listed URL is asked until it answers, then
+at the heartbeat's pace: ``/memserve/info`` (role, generation), ``/v1/loads``, and
+``/memserve/stats`` (the last event's number). A server without ``/memserve`` is SGLang without
+MemServe.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import aiohttp
+import msgspec
+from sglang_memserve.errors import MemServeError, PeerError, PeerUnreachable, ProtocolError
+from sglang_memserve.protocol.http import Heartbeat, InstanceInfo, Load
+from sglang_memserve.types import InstanceId
+
+from .instances import Instances
+
+_T = TypeVar("_T")
+
+ASK_S = 5.0
+
+
+class Poller:
+    """Runs until cancelled; follows additions to and removals from the list by itself."""
+
+    def __init__(
+        self,
+        instances: Instances,
+        session: aiohttp.ClientSession,
+        *,
+        interval_s: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._instances = instances
+        self._session = session
+        self._interval_s = interval_s
+        self._headers = dict(headers or {})
+
+    async def run(self) -> None:
+        """Look for silent members about once a second, and ask every listed URL every
+        ``interval_s``: one that hangs does not hold up the others."""
+        asking: dict[InstanceId, asyncio.Task[None]] = {}
+        try:
+            while True:
+                for listed in self._instances.statics():
+                    if listed not in asking:
+                        asking[listed] = asyncio.create_task(self.ask(listed), name=f"ask {listed}")
+                await asyncio.sleep(min(self._interval_s, 1.0))
+                self._instances.expire()
+                for listed in [listed for listed, task in asking.items() if task.done()]:
+                    asking.pop(listed).result()
+        finally:
+            for task in asking.values():
+                task.cancel()
+            await asyncio.gather(*asking.values(), return_exceptions=True)
+
+    async def ask(self, listed: InstanceId) -> None:
+        """One round for one URL; what goes wrong becomes the member's last error."""
+        try:
+            status, body = await self._get(f"{listed}/memserve/info")
+            if status == 404:
+                await self._ask_plain(listed)
+            elif status != 200:
+                raise PeerError(f"{listed}/memserve/info answered {status}")
+            else:
+                await self._ask_ours(listed, _decode(body, InstanceInfo, "info"))
+        except MemServeError as error:
+            self._instances.unreachable(listed, str(error))
+
+    async def _ask_ours(self, listed: InstanceId, info: InstanceInfo) -> None:
+        self._instances.answered(listed, info)
+        load = await self._load(listed)
+        status, body = await self._get(f"{listed}/memserve/stats")
+        ranks = _decode(body, dict[str, Any], "stats").get("ranks") if status == 200 else None
+        try:
+            event_seq = int(ranks[0]["event_seq"]) if ranks else -1
+        except (LookupError, TypeError, ValueError) as error:
+            raise ProtocolError(f"{listed}/memserve/stats: no event_seq ({error!r})") from error
+        self._instances.heartbeat(
+            Heartbeat(listed, info.generation, info.role, load, event_seq=event_seq)
+        )
+
+    async def _ask_plain(self, listed: InstanceId) -> None:
+        status, body = await self._get(f"{listed}/get_model_info")
+        if status != 200:
+            raise PeerError(f"{listed}/get_model_info answered {status}")
+        fields = _decode(body, dict[str, Any], "model info")
+        model = fields.get("served_model_name") or fields.get("model_path") or ""
+        self._instances.answered_plain(listed, str(model), await self._load(listed))
+
+    async def _load(self, listed: InstanceId) -> Load:
+        """Sums over data-parallel ranks; nothing where the route is missing (old servers)."""
+        status, body = await self._get(f"{listed}/v1/loads?include=core")
+        loads = _decode(body, dict[str, Any], "loads").get("loads", []) if status == 200 else []
+        names = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "max_total_num_tokens")
+        try:
+            sums = [sum(int(load.get(name, 0)) for load in loads) for name in names]
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ProtocolError(f"{listed}/v1/loads: {error}") from error
+        return Load(*sums)
+
+    async def _get(self, url: str) -> tuple[int, bytes]:
+        timeout = aiohttp.ClientTimeout(total=ASK_S)
+        try:
+            async with self._session.get(url, headers=self._headers, timeout=timeout) as response:
+                return response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise PeerUnreachable(f"{url}: {error or type(error).__name__}") from error
+
+
+def _decode(body: bytes, kind: type[_T], what: str) -> _T:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"{what}: {error}") from error
