@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -53,8 +52,6 @@ KNOWN_SOURCES = 256
 class Engine(Protocol):
     """What the agent asks of SGLang; ``routes`` implements it over the tokenizer manager."""
 
-    def ready(self) -> bool: ...
-
     async def load(self) -> Load: ...
 
     def describe(self) -> EngineFacts: ...
@@ -72,17 +69,19 @@ class EngineFacts:
 class _RouterState(Enum):
     REGISTERING = "registering"
     REGISTERED = "registered"
+    LEFT = "left"
 
 
 @dataclass(slots=True)
 class InstanceAgent:
-    """``role`` may change while running; ``fatal`` is set when a router refused us for good."""
+    """``role`` may change while running. ``on_refused`` is called with the reason when a router
+    refuses this instance for good."""
 
     config: InstanceConfig
     engine: Engine
+    on_refused: Callable[[str], None]
     api_key: str | None = None
     role: Role = field(init=False)
-    fatal: str | None = field(init=False, default=None)
     _ranks: list[LocalClient] = field(init=False, default_factory=list)
     _info: InstanceInfo | None = field(init=False, default=None)
     _session: aiohttp.ClientSession | None = field(init=False, default=None)
@@ -90,6 +89,8 @@ class InstanceAgent:
     _routers: dict[str, _RouterState] = field(init=False, default_factory=dict)
     _sources: dict[str, list[str]] = field(init=False, default_factory=dict)
     _changed: asyncio.Event = field(init=False, default_factory=asyncio.Event)
+    _ready: threading.Event = field(init=False, default_factory=threading.Event)
+    _loop: asyncio.AbstractEventLoop | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.role = self.config.role
@@ -97,22 +98,38 @@ class InstanceAgent:
     # -- lifecycle --
 
     async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         self._session = aiohttp.ClientSession(headers=headers)
         tp_size = self.engine.describe().tp_size
-        self._ranks = [LocalClient(self.config.rank_socket(rank)) for rank in range(tp_size)]
+        self._ranks = [LocalClient(self.config.local_address(rank)) for rank in range(tp_size)]
         for url in self.config.router_urls:
             self._routers[url] = _RouterState.REGISTERING
             self._tasks.append(asyncio.create_task(self._attend(url), name=f"router {url}"))
 
-    async def stop(self) -> None:
-        """Leave the routers, so that they send nothing more here, then let go of everything."""
+    def ready(self) -> None:
+        """The engine serves: registration may begin. Called on any thread."""
+        self._ready.set()
+
+    def terminating(self) -> None:
+        """SIGTERM: leave the routers now, while running requests end. Called on any thread."""
+        if self._loop is not None:
+            asyncio.run_coroutine_threadsafe(self.leave_routers(), self._loop)
+
+    async def leave_routers(self) -> None:
+        """They send nothing more here afterwards. Idempotent."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        registered = [u for u, s in self._routers.items() if s is _RouterState.REGISTERED]
+        for url in registered:
+            self._routers[url] = _RouterState.LEFT
+        await asyncio.gather(*(self._leave(url) for url in registered))
+
+    async def stop(self) -> None:
+        """Leave the routers and let go of everything."""
+        await self.leave_routers()
         if self._session is not None:
-            registered = [u for u, s in self._routers.items() if s is _RouterState.REGISTERED]
-            await asyncio.gather(*(self._leave(url) for url in registered))
             await self._session.close()
         for rank in self._ranks:
             rank.close()
@@ -214,7 +231,9 @@ class InstanceAgent:
                     raise PeerError(f"{source}/memserve/info answered {response.status}")
                 info = msgspec.json.decode(await response.read(), type=InstanceInfo)
         except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
-            raise PeerUnreachable(f"{source}/memserve/info: {error or type(error).__name__}") from error
+            raise PeerUnreachable(
+                f"{source}/memserve/info: {error or type(error).__name__}"
+            ) from error
         if len(self._sources) >= KNOWN_SOURCES:
             self._sources.clear()
         self._sources[source] = [rank.peer_address for rank in info.ranks]
@@ -228,7 +247,7 @@ class InstanceAgent:
 
     async def _attend(self, url: str) -> None:
         """Register with one router and keep it informed, until cancelled."""
-        while not self.engine.ready():
+        while not self._ready.is_set():
             await asyncio.sleep(READY_POLL_S)
         pause_s = RETRY_FIRST_S
         while True:
@@ -240,7 +259,7 @@ class InstanceAgent:
                 await self._beat(url, reply.heartbeat_s)
                 log.warning("router %s has forgotten this instance; registering again", url)
             except ConfigError as error:
-                self._refused(url, error)
+                self.on_refused(f"router {url} refuses this instance: {error}")
                 return
             except (MemServeError, aiohttp.ClientError, TimeoutError, OSError) as error:
                 if self._routers[url] is _RouterState.REGISTERED or pause_s == RETRY_FIRST_S:
@@ -278,9 +297,7 @@ class InstanceAgent:
                 continue
 
     async def _leave(self, url: str) -> None:
-        body = msgspec.json.encode(
-            {"url": self.config.url, "generation": self.config.generation}
-        )
+        body = msgspec.json.encode({"url": self.config.url, "generation": self.config.generation})
         try:
             await self._post(f"{url}/memserve/deregister", body)
         except (MemServeError, aiohttp.ClientError, TimeoutError, OSError) as error:
@@ -301,13 +318,6 @@ class InstanceAgent:
             if response.status != 200:
                 raise PeerError(f"answered {response.status}: {_error_text(data)}")
             return data
-
-    def _refused(self, url: str, error: ConfigError) -> None:
-        self.fatal = f"router {url} refuses this instance: {error}"
-        log.error("%s", self.fatal)
-        # SGLang's own SIGTERM path takes the engine down; launch_server turns `fatal` into the
-        # exit code.
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _merge(replies: Sequence[control.FetchReply], keys: Sequence[bytes]) -> FetchResult:

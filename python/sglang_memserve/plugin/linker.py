@@ -35,6 +35,7 @@ from ..errors import ConfigError, LimitExceeded
 from ..memory.swap import DevicePool
 from ..mempool import MemPool
 from ..types import BlockId, PageKey
+from . import hooks, linker_hooks
 from .node import RankNode, describe_device_pool
 
 if TYPE_CHECKING:
@@ -91,9 +92,13 @@ class MemPoolLinker(UnifiedCacheLinker):
         extra_config: dict[str, Any] | None = None,
         forward_stream: Any = None,
     ) -> None:
+        hooks.page_hash()
+        linker_hooks.register()
         if components != {ComponentType.FULL}:
             names = ", ".join(sorted(component.name for component in components))
-            raise ConfigError(f"MemPool serves models with full attention only, this one has: {names}")
+            raise ConfigError(
+                f"MemPool serves models with full attention only, this one has: {names}"
+            )
         config = InstanceConfig.from_json(extra_config or {})
         kv_pool = params.token_to_kv_pool_allocator.get_kvcache()
         namespace = describe_device_pool(server_args, kv_pool, params.page_size)
@@ -109,7 +114,9 @@ class MemPoolLinker(UnifiedCacheLinker):
         self._offload_parent: PageKey | None = None
         self._completed: deque[bool] = deque()
         self._load_queue: queue.SimpleQueue[_LoadBatch | None] = queue.SimpleQueue()
-        self._store_queue: queue.SimpleQueue[_Offload | threading.Event | None] = queue.SimpleQueue()
+        self._store_queue: queue.SimpleQueue[_Offload | threading.Event | None] = (
+            queue.SimpleQueue()
+        )
         self._threads = [
             threading.Thread(target=self._run_loads, name="memserve-load", daemon=True),
             threading.Thread(target=self._run_stores, name="memserve-store", daemon=True),
@@ -133,6 +140,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         if pages == 0:
             lease.release()
             return []
+        self._forget_ended_pins()
         self._pins[rid] = _Pin(keys[:pages], lease)
         return list(range(1, pages + 1))
 
@@ -161,6 +169,14 @@ class MemPoolLinker(UnifiedCacheLinker):
         pin = self._pins.pop(rid, None)
         if pin is not None:
             pin.lease.release()
+
+    def _forget_ended_pins(self) -> None:
+        """Pins of requests that vanished without a word: the oldest are in front."""
+        while self._pins:
+            rid, pin = next(iter(self._pins.items()))
+            if pin.lease.valid():
+                return
+            del self._pins[rid]
 
     def start_layer_wise_loading(self) -> int:
         if not self._queued_loads:

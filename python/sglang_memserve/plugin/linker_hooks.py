@@ -14,8 +14,15 @@ _WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCache
 
 
 def register() -> None:
-    HookRegistry.register(f"{_WRAPPER}._offload_node", _before_offload_node, HookType.BEFORE)
-    HookRegistry.register(f"{_WRAPPER}.release_request", _before_release_request, HookType.BEFORE)
+    """Called where a linker is built. Safe to call twice."""
+    for name, hook in (
+        ("_offload_node", _before_offload_node),
+        ("release_request", _before_release_request),
+    ):
+        target = f"{_WRAPPER}.{name}"
+        if not any(known is hook for _, known, _ in HookRegistry._hooks.get(target, [])):
+            HookRegistry.register(target, hook, HookType.BEFORE)
+    HookRegistry.apply_hooks()
 
 
 def _before_offload_node(wrapper: Any, node_id: int, transfers: list[Any]) -> None:

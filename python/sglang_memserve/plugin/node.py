@@ -81,8 +81,9 @@ class RankNode:
 
     @classmethod
     def start(cls, config: InstanceConfig, namespace: Namespace) -> RankNode:
-        per_rank = config.mempool_dram_bytes // namespace.tp_size
-        pool = MemPool(namespace, arena_bytes=per_rank, generation=config.generation)
+        pool = MemPool(
+            namespace, arena_bytes=config.mempool_dram_bytes, generation=config.generation
+        )
         try:
             agent = RankAgent(
                 pool,
@@ -92,7 +93,7 @@ class RankNode:
                 generation=config.generation,
                 rank=namespace.tp_rank,
                 host=config.peer_host,
-                local_path=config.rank_socket(namespace.tp_rank),
+                local_path=config.local_address(namespace.tp_rank),
             )
             agent.start()
         except BaseException:

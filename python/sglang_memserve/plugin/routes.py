@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
 from sglang.srt.entrypoints import http_server
-from sglang.srt.managers.tokenizer_manager import ServerStatus
+from sglang.srt.utils import kill_process_tree
 
 from ..config import InstanceConfig
 from ..errors import (
@@ -28,14 +30,14 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 
+EXIT_REFUSED = 2
+
+
 class _SglangEngine:
     """The agent's view of the engine, over SGLang's tokenizer manager (same process)."""
 
     def __init__(self, server_args: ServerArgs) -> None:
         self._server_args = server_args
-
-    def ready(self) -> bool:
-        return bool(_manager().server_status is ServerStatus.Up)
 
     async def load(self) -> Load:
         snapshots = await _manager().get_loads(include=["core"])
@@ -69,7 +71,9 @@ def _manager() -> Any:
 
 def mount(app: FastAPI, config: InstanceConfig, server_args: ServerArgs) -> InstanceAgent:
     """Add the routes to SGLang's app and let an agent live as long as the app does."""
-    agent = InstanceAgent(config, _SglangEngine(server_args), api_key=server_args.api_key)
+    agent = InstanceAgent(
+        config, _SglangEngine(server_args), on_refused=_give_up, api_key=server_args.api_key
+    )
     app.include_router(_routes(agent))
     sglang_lifespan = app.router.lifespan_context
 
@@ -84,6 +88,13 @@ def mount(app: FastAPI, config: InstanceConfig, server_args: ServerArgs) -> Inst
 
     app.router.lifespan_context = lifespan
     return agent
+
+
+def _give_up(reason: str) -> None:
+    """A cluster we do not fit into is an operator's mistake: say so and leave, as for any other."""
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    kill_process_tree(os.getpid(), include_parent=False)
+    os._exit(EXIT_REFUSED)
 
 
 def _routes(agent: InstanceAgent) -> APIRouter:
