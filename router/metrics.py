@@ -191,6 +191,6 @@ class TreeCollector(Collector):
             "1 for the state an instance's event stream is in",
             labels=["instance", "state"],
         )
-        for instance, state in self._sources().items():
-            states.add_metric([instance, state], 1)
+        for source, state in self._sources().items():
+            states.add_metric([source, state], 1)
         yield states
