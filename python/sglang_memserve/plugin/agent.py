@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -41,7 +40,6 @@ log = logging.getLogger(__name__)
 
 RANK_CALL_S = 5.0
 ROUTER_CALL_S = 5.0
-READY_POLL_S = 0.1
 RETRY_FIRST_S = 0.5
 RETRY_MOST_S = 5.0
 # A fetch's own deadline ends it; this is what the HTTP process waits beyond that.
@@ -89,7 +87,7 @@ class InstanceAgent:
     _routers: dict[str, _RouterState] = field(init=False, default_factory=dict)
     _sources: dict[str, list[str]] = field(init=False, default_factory=dict)
     _changed: asyncio.Event = field(init=False, default_factory=asyncio.Event)
-    _ready: threading.Event = field(init=False, default_factory=threading.Event)
+    _ready: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _loop: asyncio.AbstractEventLoop | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -108,8 +106,9 @@ class InstanceAgent:
             self._tasks.append(asyncio.create_task(self._attend(url), name=f"router {url}"))
 
     def ready(self) -> None:
-        """The engine serves: registration may begin. Called on any thread."""
-        self._ready.set()
+        """The engine serves: registration may begin. Called on any thread, after ``start``."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._ready.set)
 
     def terminating(self) -> None:
         """SIGTERM: leave the routers now, while running requests end. Called on any thread."""
@@ -247,8 +246,7 @@ class InstanceAgent:
 
     async def _attend(self, url: str) -> None:
         """Register with one router and keep it informed, until cancelled."""
-        while not self._ready.is_set():
-            await asyncio.sleep(READY_POLL_S)
+        await self._ready.wait()
         pause_s = RETRY_FIRST_S
         while True:
             try:

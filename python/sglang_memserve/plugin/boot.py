@@ -21,8 +21,8 @@ from typing import NoReturn, Protocol
 
 from sglang.srt.entrypoints import http_server
 from sglang.srt.entrypoints.engine import init_tokenizer_manager
-from sglang.srt.parser.template_manager import TemplateManager
 from sglang.srt.managers.tokenizer_manager import ServerStatus, SignalHandler, TokenizerManager
+from sglang.srt.parser.template_manager import TemplateManager
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs, prepare_server_args
 from sglang.srt.utils import kill_process_tree

@@ -31,7 +31,8 @@ def describe_device_pool(server_args: ServerArgs, kv_pool: Any, page_size: int) 
     """The namespace of this rank's pages. Raises ConfigError for a pool we cannot serve."""
     if not isinstance(kv_pool, MHATokenToKVPool):
         raise ConfigError(
-            f"MemPool serves multi-head and grouped-query attention pools, not {type(kv_pool).__name__}"
+            "MemPool serves pools of multi-head and grouped-query attention, "
+            f"not {type(kv_pool).__name__}"
         )
     parallel = get_parallel()
     return Namespace(
