@@ -1,0 +1,15 @@
+"""Moves blocks between instances. The receiver reads; see ``docs/transfer.md`` for the life cycle.
+
+``base``      the seams: BlockStore, Pool, Transport
+``plan``      descriptors of one read, merged and cut into submissions; pure
+``state``     one fetch as a state machine without clock or sockets
+``loopback``  transport inside one process
+``nixl``      transport over NIXL
+``faulty``    a transport that fails on purpose
+``serve``     the holder's side: leases granted to others, requests that wait
+``session``   the reader's side: the fetches of a rank, its peers, reads that were given up
+``sockets``   the ZMQ sockets of a rank, as messages in and out
+``loop``      what the agent's thread does, turn by turn
+``agent``     the thread of a rank that owns all of it
+``client``    the HTTP process's end of a rank's local socket
+"""

@@ -1,14 +1,16 @@
-"""The two seams of transfer: where bytes come from and go to (BlockStore), and how (Transport).
+"""The seams of transfer: where bytes come from and go to (BlockStore, Pool), and how (Transport).
 
-Both have several implementations and one contract suite each (``test/contract``).
+Transport and BlockStore have several implementations each, and one contract suite each
+(``test/contract``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import Protocol
 
+from ..protocol.events import Event, Snapshot
 from ..types import BlockId, PageKey
 
 
@@ -77,7 +79,34 @@ class BlockStore(Protocol):
         ...
 
 
+class Pool(BlockStore, Protocol):
+    """What a ``RankAgent`` needs of the rank's pool. Thread-safe; every method returns at once."""
+
+    @property
+    def total_blocks(self) -> int: ...
+
+    def expire(self) -> int:
+        """End the leases whose deadline has passed; returns how many there were."""
+        ...
+
+    def set_event_wake(self, on_events: Callable[[], None] | None) -> None:
+        """Call back, on any thread and outside all locks, when there is something to drain."""
+        ...
+
+    def drain_events(self) -> Sequence[tuple[int, Sequence[Event]]]:
+        """Residency changes since the last call, as numbered batches without holes."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """All that is held, true right after the batch whose number it carries."""
+        ...
+
+    def stats(self) -> Mapping[str, float]: ...
+
+
 class ReadState(Enum):
+    """DONE and FAILED mean that the read has ended: no byte of it lands any more."""
+
     RUNNING = "running"
     DONE = "done"
     FAILED = "failed"
@@ -94,26 +123,35 @@ class Transport(Protocol):
         ...
 
     def metadata(self) -> bytes:
-        """What a peer needs to read from us."""
+        """What a peer needs to read from us. Call after ``register``."""
         ...
 
     def connect(self, metadata: bytes) -> str:
-        """Learn a peer; returns the name to use for it."""
+        """Learn a peer; returns the name to use for it. Doing it again renews the connection.
+
+        Raises TransferFailed when the peer is gone or reads from it have not ended."""
         ...
 
-    def disconnect(self, peer: str) -> None: ...
-
-    def read(
-        self, peer: str, remote: Sequence[int], local: Sequence[int], block_bytes: int
-    ) -> int:
-        """Start reading ``remote[i]`` (peer's addresses) into ``local[i]``; returns a handle."""
+    def disconnect(self, peer: str) -> None:
+        """Forget a peer, at the latest when the reads from it that run have ended."""
         ...
 
-    def poll(self, handle: int) -> ReadState: ...
+    def read(self, peer: str, remote: Sequence[int], local: Sequence[int], block_bytes: int) -> int:
+        """Start reading ``remote[i]`` (peer's addresses) into ``local[i]``; returns a handle.
 
-    def finish(self, handle: int) -> None:
-        """Give the handle back; a running read is cancelled and no byte lands afterwards, or the
-        implementation keeps it until it has ended and says so by ``poll``."""
+        Raises TransferFailed when nothing was started."""
         ...
 
-    def close(self) -> None: ...
+    def poll(self, handle: int) -> ReadState:
+        """How far a read is; moves it on. The first DONE or FAILED gives the handle back."""
+        ...
+
+    def cancel(self, handle: int) -> None:
+        """Give a running read up: as little of it as possible is still read, and it ends as
+        FAILED. It may be RUNNING for a while: its blocks must not be reused before ``poll`` says
+        that it has ended. Unknown and ended handles are ignored."""
+        ...
+
+    def close(self) -> None:
+        """Stop. Afterwards no byte lands and nobody reads from us; memory may be unmapped."""
+        ...

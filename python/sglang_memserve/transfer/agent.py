@@ -1,0 +1,159 @@
+"""The thread of a rank that owns its transport and its sockets.
+
+    peers' agents  --tcp-->  peer ROUTER   hello, lease, release       -> serve.LeaseServer
+    HTTP process   --ipc-->  local ROUTER  fetch, snapshot, stats, info -> session.Sessions, pool
+    routers        <--tcp--  events PUB    residency batches from the pool
+    peers' agents  <--tcp--  DEALER each   what our own fetches ask
+
+Everything happens in that one thread (``loop``), so nothing has a lock. It sleeps in one poll over
+all sockets and a wake-up descriptor; while reads run it looks at them several times a millisecond.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import ConfigError, LimitExceeded, MemServeError, PeerUnreachable
+from ..protocol.control import FetchReply, FetchRequest
+from ..types import Namespace
+from .base import Pool, Transport
+from .loop import AgentConfig, AgentLoop, Submission
+from .serve import ServeLimits
+from .session import SessionLimits
+from .sockets import Wake
+from .state import FetchSettings
+
+log = logging.getLogger(__name__)
+
+_START_S = 60.0
+_CLOSE_S = 10.0
+_MAX_SUBMISSIONS = 256
+_WILDCARDS = ("0.0.0.0", "::", "*", "")
+
+
+class RankAgent:
+    """``transport`` is used by the agent's thread only, from ``register`` to ``close``.
+
+    ``host`` is what the peer and events sockets listen on; a wildcard needs ``advertise_host``.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        transport: Transport,
+        *,
+        namespace: Namespace,
+        instance_id: str,
+        generation: str,
+        rank: int,
+        host: str,
+        local_path: Path | str,
+        advertise_host: str | None = None,
+        settings: FetchSettings | None = None,
+        session_limits: SessionLimits | None = None,
+        serve_limits: ServeLimits | None = None,
+    ) -> None:
+        if host in _WILDCARDS and advertise_host is None:
+            raise ConfigError(f"host {host!r} is no address for others: name one to advertise")
+        self.peer_address = ""
+        self.events_address = ""
+        self._config = AgentConfig(
+            namespace=namespace,
+            instance_id=instance_id,
+            generation=generation,
+            rank=rank,
+            host=host,
+            advertise=advertise_host or host,
+            local_path=Path(local_path),
+            fetch=settings or FetchSettings(),
+            sessions=session_limits or SessionLimits(),
+            serve=serve_limits or ServeLimits(),
+        )
+        self._pool = pool
+        self._transport = transport
+        self._wake = Wake()
+        self._stop = threading.Event()
+        self._submissions: deque[Submission] = deque()
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._main, name=f"memserve-{rank}", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self._started.done()
+
+    def start(self) -> None:
+        """Returns when the sockets are bound and the arena is registered.
+
+        Raises ConfigError or TransferFailed, in at most a minute."""
+        self._thread.start()
+        try:
+            self._started.result(_START_S)
+        except TimeoutError as error:
+            self._stop.set()
+            raise PeerUnreachable(f"the agent did not start in {_START_S:g} s") from error
+        except MemServeError:
+            self._thread.join(_CLOSE_S)
+            raise
+
+    def close(self) -> None:
+        """Ends all fetches and leases. Afterwards the arena may be unmapped. Idempotent."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join(_CLOSE_S)
+            if self._thread.is_alive():
+                log.error("the agent of rank %d did not end in %g s", self._config.rank, _CLOSE_S)
+                return
+        self._wake.close()
+
+    def __enter__(self) -> RankAgent:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def fetch(self, request: FetchRequest) -> Future[FetchReply]:
+        """Start a fetch from any thread of this process; never waits.
+
+        The future ends by the request's deadline; it raises LimitExceeded or ProtocolError for a
+        fetch that was refused. Raises LimitExceeded when too many have just been started."""
+        if len(self._submissions) >= _MAX_SUBMISSIONS:
+            raise LimitExceeded(f"{len(self._submissions)} fetches wait to be looked at")
+        future: Future[FetchReply] = Future()
+        if not self.alive or self._stop.is_set():
+            future.set_exception(PeerUnreachable("the agent is not running"))
+            return future
+        self._submissions.append(Submission(request, future))
+        self._wake.set()
+        return future
+
+    def _main(self) -> None:
+        try:
+            loop = AgentLoop(
+                self._config, self._pool, self._transport, self._wake, self._submissions
+            )
+        except MemServeError as error:
+            self._started.set_exception(error)
+            return
+        except Exception as error:
+            log.exception("the agent of rank %d cannot start", self._config.rank)
+            self._started.set_exception(ConfigError(f"agent: {type(error).__name__}: {error}"))
+            return
+        self.peer_address = loop.peer_address
+        self.events_address = loop.events_address
+        self._started.set_result(None)
+        try:
+            loop.run(self._stop)
+        finally:
+            loop.close()

@@ -1,0 +1,283 @@
+"""Transport over NIXL 1.5 (``nixl._api``), UCX backend.
+
+What was measured, and shapes this file:
+
+- NIXL's progress thread spins on a whole core as the Python API starts it (``pthrDelay`` = 0).
+  Without one, a peer on the same machine never finishes its first read from us. With a delay of
+  tens of milliseconds the thread sleeps in ``poll`` on UCX's event descriptors, wakes when there is
+  work, costs well under one percent of a core when idle, and reads are as fast. The delay can only
+  be set on the bindings, so the agent is made there and not by ``nixl_agent``.
+- Between processes of one machine UCX copies inside the submission (cross-memory attach), so a
+  submission lasts as long as its bytes take. A read is therefore cut into batches, one or a few
+  submitted a poll, and the calling thread stays responsive.
+- A read cannot be cancelled. After releasing a running request, or removing its agent, NIXL
+  forgets it but its bytes still land. So a read is only ever waited for: ``cancel`` submits nothing
+  more, and a peer is removed when its reads have ended.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..errors import TransferFailed
+from .base import ReadState
+from .plan import Segment, batches, segments
+
+log = logging.getLogger(__name__)
+
+_BATCH_BYTES = 16 << 20
+_BATCHES_IN_FLIGHT = 4
+_PROGRESS_DELAY_US = 25_000
+
+# Read by NIXL and UCX when they start. UCX would log to standard output, which belongs to the
+# server, and both report every lost peer, which we report ourselves.
+_QUIET = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "error", "UCX_LOG_FILE": "stderr"}
+
+
+@dataclass(slots=True)
+class _Read:
+    peer: str
+    todo: Iterator[list[Segment]]
+    running: list[int] = field(default_factory=list)
+    failed: bool = False
+
+
+class NixlTransport:
+    """``name`` must differ from every other agent's, of earlier boots too.
+
+    Nothing is loaded or started before ``register``, so the object may be made on another thread
+    than the one that uses it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._nixl: _Nixl | None = None
+        self._reads: dict[int, _Read] = {}
+        self._next = 1
+        self._names: dict[bytes, str] = {}
+        self._leaving: set[str] = set()
+
+    def register(self, base: int, length: int) -> None:
+        if self._nixl is None:
+            self._nixl = _Nixl(self.name)
+        self._nixl.register(base, length)
+
+    def metadata(self) -> bytes:
+        return self._open().metadata()
+
+    def connect(self, metadata: bytes) -> str:
+        nixl = self._open()
+        known = self._names.get(metadata)
+        if known is not None:
+            if self._has_reads(known):
+                raise TransferFailed(f"earlier reads from {known} have not ended")
+            self._remove(known)
+        name = nixl.add_peer(metadata)
+        self._names[metadata] = name
+        return name
+
+    def disconnect(self, peer: str) -> None:
+        if self._has_reads(peer):
+            self._leaving.add(peer)
+        else:
+            self._remove(peer)
+
+    def read(self, peer: str, remote: Sequence[int], local: Sequence[int], block_bytes: int) -> int:
+        if peer in self._leaving or peer not in self._names.values():
+            raise TransferFailed(f"not connected to {peer}")
+        todo = batches(segments(remote, local, block_bytes, _BATCH_BYTES), _BATCH_BYTES)
+        read = _Read(peer, todo)
+        self._submit(read)
+        if read.failed and not read.running:
+            raise TransferFailed(f"NIXL refused a read from {peer}")
+        handle = self._next
+        self._next += 1
+        self._reads[handle] = read
+        return handle
+
+    def poll(self, handle: int) -> ReadState:
+        read = self._reads[handle]
+        nixl = self._open()
+        still: list[int] = []
+        for request in read.running:
+            state = nixl.state(request)
+            if state is ReadState.RUNNING:
+                still.append(request)
+            elif state is ReadState.FAILED:
+                read.failed = True
+        read.running = still
+        done = not self._submit(read)
+        if read.running or not (done or read.failed):
+            return ReadState.RUNNING
+        del self._reads[handle]
+        if read.peer in self._leaving and not self._has_reads(read.peer):
+            self._remove(read.peer)
+        return ReadState.FAILED if read.failed else ReadState.DONE
+
+    def cancel(self, handle: int) -> None:
+        read = self._reads.get(handle)
+        if read is not None:
+            read.failed = True
+
+    def close(self) -> None:
+        if self._nixl is None:
+            return
+        for read in self._reads.values():
+            for request in read.running:
+                self._nixl.drop(request)
+        self._reads.clear()
+        self._names.clear()
+        self._nixl.close()
+        self._nixl = None
+
+    def _submit(self, read: _Read) -> bool:
+        """Submit until enough is in flight, or one batch was copied on the spot.
+
+        Returns whether there may be more to submit.
+        """
+        nixl = self._open()
+        while not read.failed and len(read.running) < _BATCHES_IN_FLIGHT:
+            batch = next(read.todo, None)
+            if batch is None:
+                return False
+            try:
+                request = nixl.submit(read.peer, batch)
+            except TransferFailed as error:
+                log.info("read from %s failed: %s", read.peer, error)
+                read.failed = True
+                return False
+            if request is None:
+                return True
+            read.running.append(request)
+        return True
+
+    def _open(self) -> _Nixl:
+        assert self._nixl is not None, f"transport {self.name} has no registered memory"
+        return self._nixl
+
+    def _has_reads(self, peer: str) -> bool:
+        return any(read.peer == peer for read in self._reads.values())
+
+    def _remove(self, peer: str) -> None:
+        self._leaving.discard(peer)
+        self._names = {data: name for data, name in self._names.items() if name != peer}
+        self._open().remove_peer(peer)
+
+
+class _Nixl:
+    """The calls of NIXL's bindings that are used, with its errors turned into TransferFailed."""
+
+    def __init__(self, name: str) -> None:
+        self._api = api = _load()
+        self._errors = tuple(
+            error
+            for key, error in vars(api).items()
+            if key.endswith("Error") and isinstance(error, type) and issubclass(error, Exception)
+        )
+        config = api.nixlAgentConfig()
+        config.useProgThread = True
+        config.pthrDelay = _PROGRESS_DELAY_US
+        try:
+            self._agent = api.nixlAgent(name, config)
+            self._agent.createBackend("UCX", {})
+        except self._errors as error:
+            raise TransferFailed(f"NIXL with UCX does not start: {_explain(error)}") from error
+
+    def register(self, base: int, length: int) -> None:
+        api = self._api
+        try:
+            self._agent.registerMem(api.nixlRegDList(api.DRAM_SEG, [(base, length, 0, "")]), [])
+        except self._errors as error:
+            text = f"NIXL cannot register {length} bytes: {_explain(error)}"
+            raise TransferFailed(text) from error
+
+    def metadata(self) -> bytes:
+        return bytes(self._agent.getLocalMD())
+
+    def add_peer(self, metadata: bytes) -> str:
+        try:
+            return str(self._agent.loadRemoteMD(metadata), "utf-8")
+        except self._errors as error:
+            raise TransferFailed(f"NIXL cannot reach the peer: {_explain(error)}") from error
+
+    def remove_peer(self, peer: str) -> None:
+        try:
+            self._agent.invalidateRemoteMD(peer)
+        except self._errors as error:
+            log.debug("NIXL had forgotten %s already: %s", peer, _explain(error))
+
+    def submit(self, peer: str, batch: Sequence[Segment]) -> int | None:
+        """Start reading; None when it was done on the spot."""
+        api = self._api
+        table = np.array(batch, dtype=np.uint64)
+        device = np.zeros(len(batch), dtype=np.uint64)
+        far = np.column_stack((table[:, 0], table[:, 2], device))
+        near = np.column_stack((table[:, 1], table[:, 2], device))
+        request: int | None = None
+        try:
+            request = self._agent.createXferReq(
+                api.NIXL_READ,
+                api.nixlXferDList(api.DRAM_SEG, near),
+                api.nixlXferDList(api.DRAM_SEG, far),
+                peer,
+                "",
+                [],
+            )
+            status = self._agent.postXferReq(request, "")
+        except self._errors as error:
+            if request is not None:
+                self.drop(request)
+            raise TransferFailed(_explain(error)) from error
+        if status == api.NIXL_IN_PROG:
+            return request
+        self.drop(request)
+        if status != api.NIXL_SUCCESS:
+            raise TransferFailed(f"NIXL status {status}")
+        return None
+
+    def state(self, request: int) -> ReadState:
+        """DONE and FAILED give the request back."""
+        try:
+            status = self._agent.getXferStatus(request)
+        except self._errors as error:
+            log.info("NIXL read failed: %s", _explain(error))
+            self.drop(request)
+            return ReadState.FAILED
+        if status == self._api.NIXL_IN_PROG:
+            return ReadState.RUNNING
+        self.drop(request)
+        return ReadState.DONE if status == self._api.NIXL_SUCCESS else ReadState.FAILED
+
+    def drop(self, request: int) -> None:
+        try:
+            self._agent.releaseXferReq(request)
+        except self._errors as error:
+            log.debug("NIXL keeps a request: %s", _explain(error))
+
+    def close(self) -> None:
+        # The destructor closes the endpoints and stops the progress thread: no byte lands later.
+        self._agent = None
+
+
+def _load() -> Any:
+    """NIXL's bindings, loaded without their side effects on our logging."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    complain = logging.raiseExceptions
+    try:
+        return importlib.import_module("nixl._bindings")
+    except ImportError as error:
+        raise TransferFailed(f"NIXL is not installed: {error}") from error
+    finally:
+        logging.raiseExceptions = complain
+
+
+def _explain(error: BaseException) -> str:
+    return str(error) or type(error).__name__

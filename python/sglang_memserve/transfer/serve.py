@@ -1,0 +1,209 @@
+"""The holder's side: answers hello, lease and release; parks lease requests that may wait.
+
+Belongs to the agent's thread; knows no sockets. ``answer`` is called once for every request, now or
+later: a lease request that asks for pages that are not readable yet is parked until they are, or
+until its wait is over.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import LeaseInvalid, LimitExceeded, MemServeError, ProtocolError
+from ..protocol import handshake
+from ..protocol.control import (
+    ErrorReply,
+    Hello,
+    HelloReply,
+    LeaseReply,
+    LeaseRequest,
+    Message,
+    ReleaseReply,
+    ReleaseRequest,
+)
+from ..types import PageKey
+from .base import Lease, Pool
+
+Answer = Callable[[Message], None]
+
+_NOTHING = LeaseReply(0, [], [])
+
+
+@dataclass(frozen=True, slots=True)
+class ServeLimits:
+    leases: int = 1024
+    parked: int = 256
+    keys: int = 65_536
+    wait_s: float = 120.0
+    ttl_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Grant:
+    lease: Lease
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Parked:
+    owner: str
+    keys: list[PageKey]
+    min_pages: int
+    ttl_s: float
+    until_s: float
+    answer: Answer
+
+
+@dataclass(slots=True)
+class ServeCounts:
+    leases: int = 0
+    pages: int = 0
+    invalid_releases: int = 0
+    expired: int = 0
+    refused: int = 0
+
+
+def error_reply(error: MemServeError) -> ErrorReply:
+    return ErrorReply(type(error).__name__, str(error))
+
+
+class LeaseServer:
+    def __init__(self, pool: Pool, hello: HelloReply, limits: ServeLimits) -> None:
+        self.counts = ServeCounts()
+        self.limits = limits
+        self._pool = pool
+        self._hello = hello
+        self._grants: dict[int, _Grant] = {}
+        self._parked: list[_Parked] = []
+
+    def handle(self, owner: str, message: Message, now: float, answer: Answer) -> None:
+        """``owner`` tells askers apart. Everything a peer can do wrong is an ErrorReply."""
+        try:
+            match message:
+                case Hello():
+                    answer(self._greet(message))
+                case LeaseRequest():
+                    self._lease(owner, message, now, answer)
+                case ReleaseRequest():
+                    answer(ReleaseReply(self._release(message)))
+                case _:
+                    raise ProtocolError(f"{type(message).__name__} is not for a peer socket")
+        except MemServeError as error:
+            if isinstance(error, LimitExceeded):
+                self.counts.refused += 1
+            answer(error_reply(error))
+
+    def on_pages_readable(self, now: float) -> None:
+        self._retry_parked(now)
+
+    def on_time(self, now: float) -> None:
+        self._retry_parked(now)
+        expired = [lease_id for lease_id, grant in self._grants.items() if grant.end_s <= now]
+        for lease_id in expired:
+            self._grants.pop(lease_id).lease.release()
+            self.counts.expired += 1
+
+    def wake_s(self) -> float:
+        """When ``on_time`` has something to do, at the latest."""
+        return min((parked.until_s for parked in self._parked), default=float("inf"))
+
+    def close(self) -> None:
+        for parked in self._parked:
+            parked.answer(ErrorReply("PeerUnreachable", "the holder is shutting down"))
+        self._parked.clear()
+        for grant in self._grants.values():
+            grant.lease.release()
+        self._grants.clear()
+
+    def stats(self) -> dict[str, float]:
+        return {
+            "leases_granted_total": self.counts.leases,
+            "leased_pages_total": self.counts.pages,
+            "leases_expired_total": self.counts.expired,
+            "releases_invalid_total": self.counts.invalid_releases,
+            "lease_requests_refused_total": self.counts.refused,
+            "leases_held_by_peers": len(self._grants),
+            "lease_requests_parked": len(self._parked),
+        }
+
+    def check(self) -> None:
+        assert len(self._grants) <= self.limits.leases
+        assert len(self._parked) <= self.limits.parked
+        assert 0 not in self._grants
+
+    def _greet(self, hello: Hello) -> HelloReply:
+        handshake.require_same_version(hello.version)
+        handshake.require_same_namespace(self._hello.namespace, hello.namespace)
+        return self._hello
+
+    def _lease(self, owner: str, request: LeaseRequest, now: float, answer: Answer) -> None:
+        limits = self.limits
+        if request.generation != self._hello.generation:
+            raise LeaseInvalid(f"this is generation {self._hello.generation}")
+        if len(request.keys) > limits.keys:
+            raise LimitExceeded(f"lease of {len(request.keys)} pages, the limit is {limits.keys}")
+        # Written so that NaN is refused too.
+        if not (0 <= request.wait_s <= limits.wait_s and 0 < request.ttl_s <= limits.ttl_s):
+            raise LimitExceeded(
+                f"lease: wait {request.wait_s} s (at most {limits.wait_s:g}), "
+                f"life {request.ttl_s} s (at most {limits.ttl_s:g})"
+            )
+        keys = [PageKey(key) for key in request.keys]
+        wanted = _Parked(
+            owner,
+            keys,
+            min(max(1, request.min_pages), len(keys)),
+            request.ttl_s,
+            now + request.wait_s,
+            answer,
+        )
+        if request.wait_s == 0 or self._pool.readable_pages(keys) >= wanted.min_pages:
+            answer(self._grant(wanted, now))
+        elif len(self._parked) >= limits.parked:
+            raise LimitExceeded(f"{len(self._parked)} lease requests are waiting already")
+        else:
+            self._parked.append(wanted)
+
+    def _grant(self, wanted: _Parked, now: float) -> LeaseReply:
+        if len(self._grants) >= self.limits.leases:
+            raise LimitExceeded(f"{len(self._grants)} leases are held by peers")
+        if not self._pool.readable_pages(wanted.keys):
+            return _NOTHING
+        lease = self._pool.acquire(wanted.keys, owner=f"peer {wanted.owner}", ttl_s=wanted.ttl_s)
+        if not lease.blocks:
+            lease.release()
+            return _NOTHING
+        lease_id = 0
+        while lease_id == 0 or lease_id in self._grants:
+            lease_id = secrets.randbits(63)
+        self._grants[lease_id] = _Grant(lease, now + wanted.ttl_s)
+        self.counts.leases += 1
+        self.counts.pages += len(lease.blocks)
+        return LeaseReply(lease_id, [self._pool.address(block) for block in lease.blocks], [])
+
+    def _release(self, request: ReleaseRequest) -> bool:
+        """Of an unknown, expired or earlier lease: False, which is all a reader has to know."""
+        valid = False
+        if request.generation == self._hello.generation:
+            grant = self._grants.pop(request.lease_id, None)
+            if grant is not None:
+                valid = grant.lease.valid()
+                grant.lease.release()
+        self.counts.invalid_releases += not valid
+        return valid
+
+    def _retry_parked(self, now: float) -> None:
+        still: list[_Parked] = []
+        for parked in self._parked:
+            ready = self._pool.readable_pages(parked.keys) >= parked.min_pages
+            if not ready and now < parked.until_s:
+                still.append(parked)
+                continue
+            try:
+                parked.answer(self._grant(parked, now))
+            except LimitExceeded as error:
+                self.counts.refused += 1
+                parked.answer(error_reply(error))
+        self._parked = still

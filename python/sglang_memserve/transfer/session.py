@@ -1,0 +1,393 @@
+"""The reader's side of a rank: its fetches, the peers they read from, the reads that were given up.
+
+Belongs to the agent's thread. ``Fetch`` decides; this file sends, reads and keeps count.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from ..errors import LimitExceeded, ProtocolError, TransferFailed
+from ..protocol import handshake
+from ..protocol.control import (
+    FetchReply,
+    FetchRequest,
+    Hello,
+    HelloReply,
+    LeaseReply,
+    Message,
+    ReleaseRequest,
+)
+from .base import Lease, Pool, ReadState, Store, Transport
+from .state import Fetch, FetchSettings, Greeting, Outcome
+
+
+class Link(Protocol):
+    """A connection to one peer's control socket. Sending never waits; a full queue drops."""
+
+    def send(self, request_id: int, message: Message) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLimits:
+    """Bounds of one rank. Fetches beyond ``active`` wait, beyond ``queued`` they are refused."""
+
+    active: int = 8
+    queued: int = 64
+    keys: int = 65_536
+    deadline_s: float = 120.0
+    grace_leases: int = 64
+    peers: int = 256
+    peer_idle_s: float = 60.0
+
+
+@dataclass(slots=True)
+class Peer:
+    """``connected`` is what our transport knows; ``greeting`` what fetches may rely on."""
+
+    address: str
+    link: Link
+    used_s: float
+    greeting: Greeting | None = None
+    connected: Greeting | None = None
+
+
+@dataclass(slots=True)
+class _Abandoned:
+    peer: Peer
+    store: Store
+
+
+@dataclass(slots=True)
+class _Active:
+    fetch: Fetch
+    peer: Peer
+    done: Callable[[FetchReply], None]
+    requests: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    request: FetchRequest
+    arrived_s: float
+    done: Callable[[FetchReply], None]
+
+
+@dataclass(slots=True)
+class SessionCounts:
+    fetches: int = 0
+    complete: int = 0
+    pages: int = 0
+    bytes: int = 0
+    refused: int = 0
+    failed_reads: int = 0
+    given_up_reads: int = 0
+
+
+class Sessions:
+    """``open_link`` raises ProtocolError for an address that is none."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        transport: Transport,
+        hello: Hello,
+        open_link: Callable[[str], Link],
+        *,
+        settings: FetchSettings,
+        limits: SessionLimits,
+    ) -> None:
+        self.counts = SessionCounts()
+        self.limits = limits
+        self._pool = pool
+        self._transport = transport
+        self._hello = hello
+        self._open_link = open_link
+        self._settings = settings
+        self._peers: dict[str, Peer] = {}
+        self._active: list[_Active] = []
+        self._queue: deque[_Queued] = deque()
+        self._requests: dict[int, _Active] = {}
+        self._next_request = 1
+        self._reads: dict[int, _Active] = {}
+        self._abandoned: dict[int, _Abandoned] = {}
+        self._grace: deque[tuple[float, Lease]] = deque()
+
+    # -- the agent's side --
+
+    @property
+    def reading(self) -> bool:
+        return bool(self._reads)
+
+    def peer(self, address: str) -> Peer | None:
+        return self._peers.get(address)
+
+    def submit(self, request: FetchRequest, now: float, done: Callable[[FetchReply], None]) -> None:
+        """``done`` is called once, maybe before this returns.
+
+        Raises LimitExceeded beyond a bound, ProtocolError for numbers or an address that make no
+        sense."""
+        self._require_sane(request)
+        if len(self._active) >= self.limits.active:
+            if len(self._queue) >= self.limits.queued:
+                self.counts.refused += 1
+                raise LimitExceeded(f"{len(self._queue)} fetches are waiting already")
+            self._queue.append(_Queued(request, now, done))
+            return
+        self._start(_Queued(request, now, done), now)
+
+    def on_message(self, peer: Peer, request_id: int, message: Message, now: float) -> None:
+        peer.used_s = now
+        active = self._requests.get(request_id)
+        if active is not None and active.peer is peer:
+            active.fetch.on_reply(request_id, message, now)
+            self._after(active, now)
+        elif isinstance(message, LeaseReply) and message.lease_id and peer.connected is not None:
+            # Its fetch is over: nobody else will end this lease.
+            release = ReleaseRequest(peer.connected.generation, message.lease_id)
+            peer.link.send(self._new_request(), release)
+
+    def on_pages_readable(self, now: float) -> None:
+        for active in list(self._active):
+            active.fetch.on_pages_readable(now)
+            self._after(active, now)
+
+    def poll_reads(self, now: float) -> None:
+        for handle, active in list(self._reads.items()):
+            state = self._transport.poll(handle)
+            if state is ReadState.RUNNING:
+                continue
+            del self._reads[handle]
+            if state is ReadState.FAILED:
+                self.counts.failed_reads += 1
+            active.fetch.on_read_ended(handle, state, now)
+            self._after(active, now)
+
+    def on_time(self, now: float) -> None:
+        for active in list(self._active):
+            if now >= active.fetch.wake_s:
+                active.fetch.on_time(now)
+                self._after(active, now)
+        for handle, abandoned in list(self._abandoned.items()):
+            if self._transport.poll(handle) is not ReadState.RUNNING:
+                del self._abandoned[handle]
+                abandoned.store.abort()
+        while self._grace and self._grace[0][0] <= now:
+            self._grace.popleft()[1].release()
+        self._forget_idle_peers(now)
+        self._start_queued(now)
+
+    def wake_s(self, now: float) -> float:
+        """When ``on_time`` has something to do, at the latest."""
+        times = [active.fetch.wake_s for active in self._active]
+        times.extend(end_s for end_s, _ in list(self._grace)[:1])
+        if self._abandoned:
+            times.append(now + 0.02)
+        return min(times, default=float("inf"))
+
+    def close(self, now: float) -> None:
+        """End all fetches. The blocks of running reads stay out of use until ``after_close``."""
+        for queued in self._queue:
+            queued.done(_not_started(queued, Outcome.CLOSED, now))
+        self._queue.clear()
+        for active in list(self._active):
+            active.fetch.cancel(Outcome.CLOSED, now)
+            self._after(active, now)
+        for _, lease in self._grace:
+            lease.release()
+        self._grace.clear()
+        for peer in self._peers.values():
+            peer.link.close()
+        self._peers.clear()
+
+    def after_close(self) -> None:
+        """The transport is closed: no read runs any more."""
+        for abandoned in self._abandoned.values():
+            abandoned.store.abort()
+        self._abandoned.clear()
+
+    def stats(self) -> dict[str, float]:
+        counts = self.counts
+        return {
+            "fetches_total": counts.fetches,
+            "fetches_complete_total": counts.complete,
+            "fetched_pages_total": counts.pages,
+            "fetched_bytes_total": counts.bytes,
+            "fetches_refused_total": counts.refused,
+            "failed_reads_total": counts.failed_reads,
+            "given_up_reads_total": counts.given_up_reads,
+            "fetches_active": len(self._active),
+            "fetches_queued": len(self._queue),
+            "quarantined_blocks": sum(len(a.store.missing) for a in self._abandoned.values()),
+            "peers": len(self._peers),
+        }
+
+    def check(self) -> None:
+        assert len(self._active) <= self.limits.active
+        assert len(self._queue) <= self.limits.queued
+        assert len(self._peers) <= self.limits.peers
+        assert not self._reads.keys() & self._abandoned.keys()
+        assert all(active in self._active for active in self._reads.values())
+        assert all(active in self._active for active in self._requests.values())
+        assert len(self._grace) <= self.limits.grace_leases
+
+    # -- running a fetch --
+
+    def _start(self, queued: _Queued, now: float) -> None:
+        try:
+            peer = self._peer(queued.request.peer_address, now)
+        except LimitExceeded:
+            queued.done(_not_started(queued, Outcome.LIMIT, now))
+            return
+        port = _FetchPort(self, peer)
+        fetch = Fetch(
+            queued.request,
+            arrived_s=queued.arrived_s,
+            store=self._pool,
+            port=port,
+            hello=self._hello,
+            settings=self._settings,
+        )
+        active = _Active(fetch, peer, queued.done)
+        port.active = active
+        self.counts.fetches += 1
+        self._active.append(active)
+        fetch.start(now)
+        self._after(active, now)
+
+    def _start_queued(self, now: float) -> None:
+        while self._queue and len(self._active) < self.limits.active:
+            self._start(self._queue.popleft(), now)
+
+    def _after(self, active: _Active, now: float) -> None:
+        fetch = active.fetch
+        if fetch.outcome is None or active not in self._active:
+            return
+        self._active.remove(active)
+        for request_id in active.requests:
+            self._requests.pop(request_id, None)
+        reply = fetch.reply()
+        self.counts.complete += fetch.outcome is Outcome.COMPLETE
+        self.counts.pages += reply.fetched_pages
+        self.counts.bytes += reply.fetched_bytes
+        if fetch.grace_lease is not None:
+            self._grace.append((now + self._settings.grace_s, fetch.grace_lease))
+            if len(self._grace) > self.limits.grace_leases:
+                self._grace.popleft()[1].release()
+        active.done(reply)
+        self._start_queued(now)
+
+    def _require_sane(self, request: FetchRequest) -> None:
+        limits = self.limits
+        if not (0 <= request.wait_s < float("inf") and 0 <= request.deadline_s < float("inf")):
+            raise ProtocolError(f"fetch: wait {request.wait_s}, deadline {request.deadline_s}")
+        if request.deadline_s > limits.deadline_s:
+            text = f"deadline of {request.deadline_s} s, the limit is {limits.deadline_s:g} s"
+            raise LimitExceeded(text)
+        if len(request.keys) > limits.keys:
+            raise LimitExceeded(f"fetch of {len(request.keys)} pages, the limit is {limits.keys}")
+        if not request.peer_address.startswith("tcp://"):
+            raise ProtocolError(f"peer address {request.peer_address!r} is not tcp://HOST:PORT")
+
+    # -- peers --
+
+    def _peer(self, address: str, now: float) -> Peer:
+        peer = self._peers.get(address)
+        if peer is None:
+            if len(self._peers) >= self.limits.peers:
+                self._forget_idle_peers(now, idle_s=0.0)
+            if len(self._peers) >= self.limits.peers:
+                raise LimitExceeded(f"{len(self._peers)} peers are in use")
+            peer = Peer(address, self._open_link(address), now)
+            self._peers[address] = peer
+        peer.used_s = now
+        return peer
+
+    def _forget_idle_peers(self, now: float, idle_s: float | None = None) -> None:
+        limit_s = self.limits.peer_idle_s if idle_s is None else idle_s
+        for peer in [p for p in self._peers.values() if now - p.used_s >= limit_s]:
+            busy = any(active.peer is peer for active in self._active)
+            if busy or self.stalled(peer):
+                continue
+            peer.link.close()
+            if peer.connected is not None:
+                self._transport.disconnect(peer.connected.transport_name)
+            del self._peers[peer.address]
+
+    def stalled(self, peer: Peer) -> bool:
+        """Whether a read from it was given up and has not ended. Nothing more is read from such a
+        peer, which bounds the blocks that are out of use."""
+        return any(abandoned.peer is peer for abandoned in self._abandoned.values())
+
+    def _new_request(self) -> int:
+        self._next_request += 1
+        return self._next_request
+
+
+class _FetchPort:
+    """``state.Port`` of one fetch."""
+
+    def __init__(self, sessions: Sessions, peer: Peer) -> None:
+        self._sessions = sessions
+        self._peer = peer
+        self.active: _Active | None = None
+
+    def send(self, message: Message) -> int:
+        assert self.active is not None
+        request_id = self._sessions._new_request()
+        # Kept after the answer, so that a second one still finds its fetch.
+        self._sessions._requests[request_id] = self.active
+        self.active.requests.append(request_id)
+        self._peer.link.send(request_id, message)
+        return request_id
+
+    def greeting(self) -> Greeting | None:
+        return self._peer.greeting
+
+    def greet(self, reply: HelloReply) -> Greeting:
+        sessions, peer = self._sessions, self._peer
+        handshake.require_same_version(reply.version)
+        handshake.require_same_namespace(sessions._hello.namespace, reply.namespace)
+        if peer.connected is None or peer.connected.generation != reply.generation:
+            if peer.connected is not None:
+                sessions._transport.disconnect(peer.connected.transport_name)
+                peer.connected = None
+            name = sessions._transport.connect(reply.transport_metadata)
+            peer.connected = Greeting(reply.generation, name)
+        peer.greeting = peer.connected
+        return peer.connected
+
+    def forget(self) -> None:
+        self._peer.greeting = None
+
+    def reconnect(self) -> None:
+        peer = self._peer
+        peer.greeting = None
+        if peer.connected is not None:
+            self._sessions._transport.disconnect(peer.connected.transport_name)
+            peer.connected = None
+
+    def read(self, name: str, remote: Sequence[int], local: Sequence[int]) -> int:
+        sessions = self._sessions
+        if sessions.stalled(self._peer):
+            raise TransferFailed(f"a read from {self._peer.address} that was given up still runs")
+        assert self.active is not None
+        handle = sessions._transport.read(name, remote, local, sessions._pool.block_bytes)
+        sessions._reads[handle] = self.active
+        return handle
+
+    def abandon(self, handle: int, store: Store) -> None:
+        sessions = self._sessions
+        sessions.counts.given_up_reads += 1
+        del sessions._reads[handle]
+        sessions._transport.cancel(handle)
+        sessions._abandoned[handle] = _Abandoned(self._peer, store)
+
+
+def _not_started(queued: _Queued, outcome: Outcome, now: float) -> FetchReply:
+    return FetchReply(0, 0, 0, 0, now - queued.arrived_s, outcome.value)
