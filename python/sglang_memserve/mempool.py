@@ -333,7 +333,6 @@ class MemPool:
             assert pins == self._index.pins(), "pins and their holders differ"
             for key, store in self._filling.items():
                 assert store in self._stores and not store.flushed, key
-                assert key not in self._index, f"{key.hex()} is readable and being filled"
 
     # -- inside; the lock is held --
 

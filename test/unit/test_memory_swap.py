@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-
 from sglang_memserve.errors import ConfigError
 from sglang_memserve.memory import swap
 from sglang_memserve.memory.arena import Arena
@@ -66,7 +64,6 @@ def arena(layout: BlockLayout) -> Iterator[Arena]:
     with Arena(BLOCKS, layout.block_bytes) as made:
         made.view[:] = np.random.default_rng(7).integers(0, 256, made.view.shape, dtype=np.uint8)
         yield made
-    gc.collect()
 
 
 @pytest.fixture(params=["direct", "staged", "eager"])

@@ -135,7 +135,7 @@ class LocalIndex:
             stamp -= 1
             children = self._waiting.pop(key, 0)
             self._children[block] = children
-            if children and self._descends(parent, key):
+            if (children or parent == key) and self._descends(parent, key):
                 # Nothing is its own ancestor: whoever named this parent does not know the chain.
                 parent = None
             self._parent[block] = parent

@@ -77,7 +77,7 @@ def _compiled(function: CopyRows) -> CopyRows:
     with warnings.catch_warnings():
         # torch deprecates TorchScript, yet has nothing else that runs such a loop without the GIL.
         warnings.simplefilter("ignore")
-        return cast(CopyRows, torch.jit.script(function))  # type: ignore[no-untyped-call]
+        return cast(CopyRows, torch.jit.script(function))
 
 
 copy_rows = _compiled(copy_rows_reference)
@@ -104,8 +104,8 @@ class RowPlan:
             return cls(torch.from_numpy(to), torch.from_numpy(source), [])
         order = np.argsort(to, kind="stable")
         to, source = to[order], source[order]
-        assert 0 <= to[0] and to[-1] < limit_to, (to[0], to[-1], limit_to)
-        assert 0 <= source.min() and source.max() < limit_from, (source.max(), limit_from)
+        assert to[0] >= 0 and to[-1] < limit_to, (to[0], to[-1], limit_to)
+        assert source.min() >= 0 and source.max() < limit_from, (source.max(), limit_from)
         steps = np.diff(to)
         assert (steps > 0).all(), "a destination is named twice"
         starts = [0, *(np.flatnonzero(steps != 1) + 1).tolist()]
@@ -121,7 +121,7 @@ class RowPlan:
 
     def pieces(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Destinations and sources, at most ``rows`` at a time."""
-        return zip(self.rows_to.split(rows), self.rows_from.split(rows), strict=True)
+        return zip(torch.split(self.rows_to, rows), torch.split(self.rows_from, rows), strict=True)
 
 
 class DevicePool:
