@@ -115,7 +115,7 @@ def require_model(model_path: str) -> None:
 
 def _require_hub_model(model_id: str) -> None:
     import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         if isinstance(huggingface_hub.try_to_load_from_cache(model_id, "config.json"), str):

@@ -84,7 +84,7 @@ def _write_weights(draft: Path, vocabulary: int, seed: int) -> None:
                 continue
             scale = 1.0 if "embed_tokens" in name else 1.6 / parameter.shape[-1] ** 0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    model.to(torch.bfloat16).save_pretrained(draft)
+    model.bfloat16().save_pretrained(draft)
 
 
 def main() -> int:

@@ -38,7 +38,7 @@ def register() -> None:
         register_attention_backend(ATTENTION_BACKEND)(MemServeCpuAttention)
 
 
-class MemServeCpuAttention(AttentionBackend):  # type: ignore[misc]  # SGLang carries no types
+class MemServeCpuAttention(AttentionBackend):
     """Decoder self-attention on a CPU; also encoder-only models.
 
     Raises NotImplementedError, when the model is loaded or at its first request, for what it

@@ -175,7 +175,7 @@ def _with_bounded_drain(
 ) -> Callable[[ServerArgs, PortArgs], tuple[TokenizerManager, TemplateManager]]:
     """SGLang's tokenizer manager, whose SIGTERM handler also tells us and has a deadline."""
 
-    class Handler(SignalHandler):  # type: ignore[misc]  # SGLang carries no types
+    class Handler(SignalHandler):
         def sigterm_handler(self, signum: int | None = None, frame: object = None) -> None:
             already = self.tokenizer_manager.gracefully_exit
             super().sigterm_handler(signum, frame)

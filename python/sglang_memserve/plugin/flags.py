@@ -164,7 +164,8 @@ def suitable_pool_tokens(model_path: str) -> int:
     per_token = _kv_bytes_per_token(Path(model_path).expanduser() / "config.json")
     if per_token is None:
         return _UNKNOWN_MODEL_POOL_TOKENS
-    return max(_MIN_POOL_TOKENS, min(_MAX_POOL_TOKENS, budget // per_token)) // 16 * 16
+    tokens: int = max(_MIN_POOL_TOKENS, min(_MAX_POOL_TOKENS, budget // per_token))
+    return tokens // 16 * 16
 
 
 def _kv_bytes_per_token(config_file: Path) -> int | None:

@@ -10,7 +10,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -110,14 +110,15 @@ def _flatten(
     """The integers that are hashed, and how many of them stand for one unit of the key."""
     length = len(token_ids)
     raw_ids = getattr(token_ids, "raw_token_ids", None)
-    raw = raw_ids() if raw_ids is not None else getattr(token_ids, "token_ids", token_ids)
+    raw: Any = raw_ids() if raw_ids is not None else getattr(token_ids, "token_ids", token_ids)
     if getattr(token_ids, "is_bigram", False):
         if length and len(raw) < length + 1:
             raise ValueError("bigram key with fewer tokens than its length needs")
         return [raw[index] for start in range(length) for index in (start, start + 1)], 2
     if length and isinstance(raw[0], tuple):
         return [word for unit in raw[:length] for word in unit], len(raw[0])
-    return raw if len(raw) == length else raw[:length], 1
+    words: Sequence[int] = raw if len(raw) == length else raw[:length]
+    return words, 1
 
 
 def _digest(words: Sequence[int], parent: bytes | None) -> bytes:
