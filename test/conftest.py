@@ -1,0 +1,22 @@
+"""Order of the whole run: what is quick and local first, real clusters last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_HERE = Path(__file__).parent
+_ORDER = ("unit", "property", "contract", "simulation", "architecture", "gpu", "integration")
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(_HERE).parts[0] if _HERE in item.path.parents else ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _folder(item) == "integration":
+            item.add_marker(pytest.mark.integration)
+    rank = {name: place for place, name in enumerate(_ORDER)}
+    items.sort(key=lambda item: rank.get(_folder(item), len(_ORDER)))

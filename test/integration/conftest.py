@@ -1,0 +1,60 @@
+"""Servers that many tests share: started when the first test asks, ended with the run.
+
+``tiny_model``, ``demo_model``  model folders, made once and kept under ``.cache``
+``cluster``                     1 prefill, 1 decode and a router, on the tiny model
+``stock``                       one SGLang instance without MemServe, on the same model
+
+A test that kills or floods something starts its own with ``harness.launch_cluster``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from integration.harness import RunningCluster, Server, launch_cluster, launch_server
+
+ROOT = Path(__file__).resolve().parents[2]
+MODELS = ROOT / ".cache" / "models"
+_MAKE_LIMIT_S = 240.0
+
+
+def _make(module: str, folder: Path) -> Path:
+    command = [sys.executable, "-m", f"sglang_memserve.{module}", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=_MAKE_LIMIT_S)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """A tiny random llama, one token a byte; changes with the code that makes it."""
+    source = ROOT / "python" / "sglang_memserve" / "tiny_model.py"
+    version = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
+    return _make("tiny_model", MODELS / f"tiny-{version}")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct."""
+    return _make("demo_model", MODELS / "SmolLM2-135M-Instruct")
+
+
+@pytest.fixture(scope="session")
+def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
+    """The router never lets the decode instance compute a whole page itself: a tiny model computes
+    faster than anything can be moved, and tests want to see it move."""
+    flags = ["--mempool-dram", "256MiB", "--router-arg=--bypass-tokens=0"]
+    with launch_cluster(tiny_model, tmp_path_factory.mktemp("cluster"), flags=flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stock(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("stock")
+    with launch_server(tiny_model, folder, name="stock", flags=["--no-mempool"]) as server:
+        yield server
