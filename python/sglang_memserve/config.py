@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -82,9 +83,9 @@ class InstanceConfig:
             if not getattr(self, name):
                 raise ConfigError(f"instance setting {name} must not be empty")
 
-    def local_address(self, rank: int) -> str:
-        """ZMQ address of a rank's ``local`` socket, for this machine's user only."""
-        return f"ipc://{self.runtime_dir}/rank{rank}.sock"
+    def rank_socket(self, rank: int) -> Path:
+        """A rank's ``local`` socket, for this machine's user only."""
+        return Path(self.runtime_dir) / f"rank{rank}.sock"
 
     def to_json(self) -> dict[str, object]:
         """JSON-compatible form; ``from_json`` inverts it."""

@@ -100,7 +100,7 @@ class InstanceAgent:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         self._session = aiohttp.ClientSession(headers=headers)
         tp_size = self.engine.describe().tp_size
-        self._ranks = [LocalClient(self.config.local_address(rank)) for rank in range(tp_size)]
+        self._ranks = [LocalClient(self.config.rank_socket(rank)) for rank in range(tp_size)]
         for url in self.config.router_urls:
             self._routers[url] = _RouterState.REGISTERING
             self._tasks.append(asyncio.create_task(self._attend(url), name=f"router {url}"))

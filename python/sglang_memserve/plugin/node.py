@@ -16,6 +16,9 @@ from ..errors import ConfigError
 from ..mempool import MemPool
 from ..transfer.agent import RankAgent
 from ..transfer.nixl import NixlTransport
+from ..transfer.serve import ServeLimits
+from ..transfer.session import SessionLimits
+from ..transfer.state import FetchSettings
 from ..types import Namespace
 
 if TYPE_CHECKING:
@@ -82,6 +85,7 @@ class RankNode:
 
     @classmethod
     def start(cls, config: InstanceConfig, namespace: Namespace) -> RankNode:
+        limits = config.limits
         pool = MemPool(
             namespace, arena_bytes=config.mempool_dram_bytes, generation=config.generation
         )
@@ -94,7 +98,21 @@ class RankNode:
                 generation=config.generation,
                 rank=namespace.tp_rank,
                 host=config.peer_host,
-                local_path=config.local_address(namespace.tp_rank),
+                local_path=config.rank_socket(namespace.tp_rank),
+                settings=FetchSettings(
+                    reply_timeout_s=limits.connect_timeout_s, max_lease_ttl_s=limits.lease_ttl_s
+                ),
+                session_limits=SessionLimits(
+                    queued=limits.max_fetches,
+                    keys=limits.max_pages_per_request,
+                    deadline_s=limits.fetch_deadline_s,
+                ),
+                serve_limits=ServeLimits(
+                    leases=limits.max_leases,
+                    keys=limits.max_pages_per_request,
+                    wait_s=limits.lease_wait_s,
+                    ttl_s=limits.lease_ttl_s,
+                ),
             )
             agent.start()
         except BaseException:
