@@ -1,0 +1,208 @@
+"""The page forest: eviction order, parents that come and go, pins and orphans."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+from sglang_memserve.index.eviction import LeafHeap
+from sglang_memserve.index.local_index import LocalIndex
+from sglang_memserve.types import BlockId, PageKey
+
+
+def key(name: str) -> PageKey:
+    return PageKey(hashlib.sha256(name.encode()).digest())
+
+
+def names(keys: list[PageKey], among: str) -> str:
+    return "".join(name for wanted in keys for name in among if key(name) == wanted)
+
+
+class Forest:
+    """An index whose pages are letters; a page's block is the letter's position in the alphabet."""
+
+    def __init__(self) -> None:
+        self.index = LocalIndex(26)
+
+    def add(self, chain: str, parent: str | None = None) -> None:
+        keys = [key(name) for name in chain]
+        parents = [None if parent is None else key(parent), *keys[:-1]]
+        self.index.insert(keys, self.blocks(chain), parents)
+        self.index.check()
+
+    def blocks(self, chain: str) -> list[BlockId]:
+        return [BlockId(ord(name) - ord("a")) for name in chain]
+
+    def evict(self, count: int) -> str:
+        removed = self.index.evict(count)
+        self.index.check()
+        assert len(removed.keys) == len(removed.blocks)
+        return names(removed.keys, "abcdefghijklmnopqrstuvwxyz")
+
+    def touch(self, chain: str) -> None:
+        self.index.touch(self.blocks(chain))
+        self.index.check()
+
+    def pin(self, chain: str) -> None:
+        self.index.pin(self.blocks(chain))
+        self.index.check()
+
+    def unpin(self, chain: str) -> list[BlockId]:
+        ended = self.index.unpin(self.blocks(chain))
+        self.index.check()
+        return ended
+
+
+@pytest.fixture
+def forest() -> Forest:
+    return Forest()
+
+
+def test_leading_run_ends_at_the_first_gap(forest: Forest) -> None:
+    forest.add("abc")
+    asked = [key(name) for name in "abxc"]
+    assert forest.index.leading(asked) == 2
+    assert forest.index.match(asked) == forest.blocks("ab")
+    assert forest.index.leading([]) == 0
+
+
+def test_a_chain_is_evicted_from_its_tail(forest: Forest) -> None:
+    forest.add("abcd")
+    assert forest.evict(2) == "dc"
+    assert forest.evict(10) == "ba"
+    assert len(forest.index) == 0
+
+
+def test_least_recently_used_leaf_goes_first(forest: Forest) -> None:
+    forest.add("ab")
+    forest.add("cd")
+    forest.add("ef")
+    forest.touch("ab")
+    assert forest.evict(1) == "d"
+    forest.touch("c")
+    assert forest.evict(5) == "febac"
+
+
+def test_a_fork_is_kept_until_both_branches_are_gone(forest: Forest) -> None:
+    forest.add("ab")
+    forest.add("cd", parent="b")
+    forest.add("e", parent="b")
+    assert forest.evict(2) == "dc"
+    assert forest.evict(9) == "eba"
+
+
+def test_a_page_is_as_recent_as_its_last_descendant(forest: Forest) -> None:
+    forest.add("ab")
+    forest.add("cd")
+    forest.touch("b")  # the tail alone: the engine's device tier held the head
+    assert forest.evict(2) == "dc"
+    forest.add("ef")
+    forest.touch("b")
+    assert [removed for removed in forest.index.remove([key("b")]).keys] == [key("b")]
+    forest.index.check()
+    # a itself was used before e and f, but its child after them.
+    assert forest.evict(3) == "fea"
+
+
+def test_a_head_that_arrives_later_takes_over_its_children(forest: Forest) -> None:
+    forest.add("cd", parent="b")
+    forest.add("b", parent="a")
+    forest.add("a")
+    assert forest.evict(9) == "dcba"
+
+
+def test_children_outlive_a_deleted_parent_and_find_it_again(forest: Forest) -> None:
+    forest.add("abc")
+    removed = forest.index.remove([key("b"), key("x")])
+    assert removed.keys == [key("b")] and removed.blocks == forest.blocks("b")
+    forest.index.check()
+    forest.add("b", parent="a")
+    forest.touch("b")
+    assert forest.evict(9) == "cba"
+
+
+def test_pinned_pages_and_their_ancestors_stay(forest: Forest) -> None:
+    forest.add("abc")
+    forest.add("xyz")
+    forest.pin("b")
+    assert forest.evict(9) == "czyx"
+    assert forest.unpin("b") == []
+    assert forest.evict(9) == "ba"
+
+
+def test_pins_are_counted(forest: Forest) -> None:
+    forest.add("a")
+    forest.pin("a")
+    forest.pin("a")
+    assert forest.index.pinned_blocks == 1
+    forest.unpin("a")
+    assert forest.evict(1) == ""
+    forest.unpin("a")
+    assert forest.index.pinned_blocks == 0
+    assert forest.evict(1) == "a"
+    with pytest.raises(AssertionError):
+        forest.index.unpin(forest.blocks("a"))
+
+
+@pytest.mark.parametrize("way", ["remove", "clear"])
+def test_a_removed_pinned_page_leaves_an_orphan(forest: Forest, way: str) -> None:
+    forest.add("ab")
+    forest.pin("a")
+    removed = forest.index.clear() if way == "clear" else forest.index.remove([key("a"), key("b")])
+    forest.index.check()
+    assert set(removed.keys) == {key("a"), key("b")}
+    assert removed.blocks == forest.blocks("b")
+    assert forest.index.orphans() == set(forest.blocks("a"))
+    assert forest.index.leading([key("a")]) == 0
+    assert forest.unpin("a") == forest.blocks("a")
+    assert forest.index.orphan_blocks == 0
+
+
+def test_a_key_may_return_while_its_orphan_is_pinned(forest: Forest) -> None:
+    forest.add("a")
+    forest.pin("a")
+    forest.index.remove([key("a")])
+    forest.index.insert([key("a")], forest.blocks("z"), [None])
+    forest.index.check()
+    assert forest.index.match([key("a")]) == forest.blocks("z")
+    assert forest.unpin("a") == forest.blocks("a")
+    assert forest.index.match([key("a")]) == forest.blocks("z")
+
+
+def test_nothing_is_its_own_ancestor(forest: Forest) -> None:
+    forest.add("a", parent="a")
+    forest.add("cd", parent="b")
+    forest.add("b", parent="d")
+    assert sorted(forest.evict(9)) == list("abcd")
+
+
+def test_insert_refuses_a_resident_key_and_a_block_in_use(forest: Forest) -> None:
+    forest.add("a")
+    with pytest.raises(AssertionError):
+        forest.index.insert([key("a")], forest.blocks("b"), [None])
+    with pytest.raises(AssertionError):
+        forest.index.insert([key("b")], forest.blocks("a"), [None])
+
+
+def test_touching_leaves_no_garbage(forest: Forest) -> None:
+    forest.add("abc")
+    for _ in range(1000):
+        forest.touch("abc")
+        forest.pin("c")
+        forest.unpin("c")
+    assert len(forest.index._leaves) <= 3
+
+
+def test_heap_forgets_what_is_not_evictable_until_it_is_offered_again() -> None:
+    heap = LeafHeap(4)
+    stamps = [5, 3, 9, 1]
+    for block, stamp in enumerate(stamps):
+        heap.offer(block, stamp)
+        heap.offer(block, stamp)
+    assert len(heap) == 4
+    stamps[3] = 20
+    assert heap.take(stamps, lambda block: block != 1) == 0
+    assert heap.take(stamps, lambda block: block != 1) == 2
+    heap.offer(1, stamps[1])
+    heap.check(stamps, lambda block: block in (1, 3))
+    assert [heap.take(stamps, lambda _: True) for _ in range(3)] == [1, 3, None]
