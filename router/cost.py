@@ -22,15 +22,14 @@ from itertools import combinations
 
 from sglang_memserve.types import InstanceId
 
-# SmolLM2-135M on one core: 1 ms a token, 2 GB/s between two processes. One observation of a GPU
-# outweighs it.
+# SmolLM2-135M on one core: 1 ms a token, 2 GB/s between two processes. The first observation
+# scales it to the machine at hand.
 PRIOR_PREFILL = (0.010, 8e-4, 1e-7)
 PRIOR_TRANSFER = (0.005, 0.5e-9)
 DEFAULT_PAGE_BYTES = 368_640
 
 _RELATIVE_ERROR = 0.2
-# How far the prior may be off, as a multiple of itself: loose for the fleet, tighter for one
-# instance of a fleet that is known.
+# Loose for the fleet, tighter for one instance of a fleet that is known.
 _FLEET_PRIOR_SPREAD = 3.0
 _MEMBER_PRIOR_SPREAD = 1.0
 _FORGET = 0.98
@@ -58,15 +57,29 @@ class LinearFit:
         self.observations += 1
 
     def solve(self, prior: Sequence[float], spread: float) -> tuple[float, ...]:
-        """Coefficients, all >= 0. Without observations, the prior."""
+        """Coefficients, all >= 0. Without observations, the prior.
+
+        The prior is scaled to what was observed first, so that it speaks of proportions: a machine
+        or a network may be a thousand times faster or slower than it says. ``spread``: how far
+        each coefficient may then be off, as a multiple of itself.
+        """
         gram = [row[:] for row in self._gram]
         moment = self._moment[:]
+        scale = self._scale(prior)
+        prior = [value * scale for value in prior]
         for i, value in enumerate(prior):
             # A coefficient that the prior has at zero may still grow a little.
             precision = 1.0 / (spread * max(value, 1e-12)) ** 2
             gram[i][i] += precision
             moment[i] += precision * value
         return _solve_nonnegative(gram, moment)
+
+    def _scale(self, prior: Sequence[float]) -> float:
+        """The factor that fits a multiple of the prior to the observations best."""
+        pairs = [(i, j) for i in range(self._size) for j in range(self._size)]
+        square = sum(prior[i] * self._gram[i][j] * prior[j] for i, j in pairs)
+        product = sum(m * value for m, value in zip(self._moment, prior, strict=True))
+        return product / square if square > 0 and product > 0 else 1.0
 
 
 def _solve_nonnegative(gram: list[list[float]], moment: list[float]) -> tuple[float, ...]:

@@ -1,0 +1,130 @@
+"""Imports point down only. The layers and who may use which heavy library are the tables below."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "sglang_memserve"
+BASE = frozenset({"types", "errors"})
+LOW = BASE | {"kernels", "config"}
+SAYING = LOW | {"protocol", "hashing"}
+
+# What each part may import besides itself. A part is a folder or a module of the package.
+ALLOWED: dict[str, frozenset[str]] = {
+    "types": frozenset(),
+    "errors": frozenset(),
+    "kernels": BASE,
+    "config": BASE,
+    "hashing": LOW,
+    "protocol": SAYING,
+    "index": SAYING,
+    "memory": SAYING,
+    "transfer": SAYING,
+    "mempool": SAYING | {"index", "memory", "transfer"},
+    "plugin": SAYING | {"mempool", "index", "memory", "transfer"},
+    "router": SAYING | {"index"},
+}
+# Entries stand on top of everything, but the plugin and the router meet in none of them: they
+# start each other as processes.
+ENTRIES = SAYING | {"mempool", "plugin", "cluster", "demo", "demo_model", "tiny_model"}
+ENTRIES |= {"launch_server"}
+
+# The only parts that may import a heavy library, at any depth of their code.
+HEAVY: dict[str, frozenset[str]] = {
+    "sglang": frozenset({"plugin", "launch_server", "demo"}),
+    "nixl": frozenset({"transfer"}),
+    "torch": frozenset(
+        {"plugin", "memory", "mempool", "kernels", "launch_server", "demo_model", "tiny_model"}
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    part: str
+    file: str
+    line: int
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.part} imports {self.target}"
+
+
+def sources() -> Iterator[tuple[str, Path]]:
+    """(dotted module name, file) of everything in the package."""
+    for folder, prefix in (
+        (ROOT / "python" / PACKAGE, PACKAGE),
+        (ROOT / "router", f"{PACKAGE}.router"),
+    ):
+        for file in sorted(folder.rglob("*.py")):
+            parts = file.relative_to(folder).with_suffix("").parts
+            name = ".".join((prefix, *parts))
+            yield name.removesuffix(".__init__"), file
+
+
+def imports(module: str, file: Path) -> Iterator[Import]:
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    part = part_of(module)
+    shown = str(file.relative_to(ROOT))
+    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(part, shown, node.lineno, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            # `from package import name` may import a module: the finer name tells.
+            for alias in node.names:
+                yield Import(part, shown, node.lineno, f"{base}.{alias.name}")
+
+
+def part_of(module: str) -> str:
+    """``sglang_memserve.transfer.nixl`` -> ``transfer``; the package itself is ``""``."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+ALL = [found for module, file in sources() for found in imports(module, file)]
+INSIDE = [found for found in ALL if found.target.split(".")[0] == PACKAGE]
+MODULES = {module for module, _ in sources()}
+
+
+def test_the_walk_finds_the_package() -> None:
+    assert {"types", "router", "protocol"} <= {part_of(module) for module in MODULES}
+    assert any(found.part == "router" and "types" in found.target for found in INSIDE)
+
+
+@pytest.mark.parametrize("part", sorted({part_of(module) for module in MODULES}))
+def test_imports_point_down(part: str) -> None:
+    allowed = ALLOWED.get(part, ENTRIES) | {part}
+    wrong = [
+        str(found)
+        for found in INSIDE
+        if found.part == part
+        and part_of(found.target) not in allowed
+        # Names of the package's own __init__ (its version) are free for all.
+        and f"{PACKAGE}.{part_of(found.target)}" in MODULES
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("library", sorted(HEAVY))
+def test_heavy_libraries_stay_where_they_belong(library: str) -> None:
+    wrong = [
+        str(found)
+        for found in ALL
+        if found.target.split(".")[0] == library and found.part not in HEAVY[library]
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_folder_shadows_the_router() -> None:
+    assert not (ROOT / "python" / PACKAGE / "router").exists()

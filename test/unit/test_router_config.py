@@ -1,0 +1,83 @@
+"""The router's command line."""
+
+from __future__ import annotations
+
+import pytest
+from sglang_memserve.errors import ConfigError
+from sglang_memserve.router.config import RouterConfig, StaticInstance, parse_args
+from sglang_memserve.types import InstanceId, Role
+
+
+def test_defaults() -> None:
+    assert parse_args([]) == RouterConfig()
+
+
+def test_instances_in_every_spelling() -> None:
+    argv = (
+        "--instance http://a:1/ --worker-urls http://b:1 http://b:2 --prefill http://p:1 9000 "
+        "--prefill http://p:2 none --prefill http://p:3 --decode http://d:1 --pd-disaggregation"
+    )
+    assert parse_args(argv.split()).instances == (
+        StaticInstance(InstanceId("http://a:1")),
+        StaticInstance(InstanceId("http://b:1")),
+        StaticInstance(InstanceId("http://b:2")),
+        StaticInstance(InstanceId("http://p:1"), Role.PREFILL),
+        StaticInstance(InstanceId("http://p:2"), Role.PREFILL),
+        StaticInstance(InstanceId("http://p:3"), Role.PREFILL),
+        StaticInstance(InstanceId("http://d:1"), Role.DECODE),
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("round_robin", "round-robin"), ("cache_aware", "cost"), ("session", "session")],
+)
+def test_policy_spellings(given: str, meant: str) -> None:
+    assert parse_args(["--policy", given]).policy == meant
+
+
+def test_everything_else() -> None:
+    argv = (
+        "--host 0.0.0.0 --port 8000 --bypass-tokens 0 --model-path m --api-key k --heartbeat-s 1 "
+        "--expire-s 4 --request-timeout-s 9 --fetch-timeout-s 3 --max-body-bytes 1MiB "
+        "--log-level DEBUG"
+    )
+    assert parse_args(argv.split()) == RouterConfig(
+        host="0.0.0.0",
+        port=8000,
+        bypass_tokens=0,
+        model_path="m",
+        api_key="k",
+        heartbeat_s=1.0,
+        expire_s=4.0,
+        request_timeout_s=9.0,
+        fetch_timeout_s=3.0,
+        max_body_bytes=2**20,
+        log_level="debug",
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--port 0", "--port must be in 1..65535, got 0"),
+        ("--port x", "invalid int value: 'x'"),
+        ("--policy best", "unknown policy 'best': choose one of cost, prefix"),
+        ("--bypass-tokens -1", "must not be negative"),
+        ("--heartbeat-s 0", "--heartbeat-s must be positive"),
+        ("--request-timeout-s inf", "--request-timeout-s must be positive and finite"),
+        ("--fetch-timeout-s nan", "--fetch-timeout-s must be positive and finite"),
+        ("--expire-s 1", "must be longer than --heartbeat-s"),
+        ("--max-body-bytes none", "malformed size"),
+        ("--log-level loud", "unknown log level 'loud'"),
+        ("--instance localhost:1", "malformed URL"),
+        ("--prefill http://a:1 http://b:1", "takes one URL"),
+        ("--instance http://a:1 --decode http://a:1", "listed more than once"),
+        ("--polcy cost", "unrecognized arguments"),
+    ],
+)
+def test_mistakes_are_one_line(argv: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_args(argv.split())
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
