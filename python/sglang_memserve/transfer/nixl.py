@@ -38,7 +38,7 @@ _PROGRESS_DELAY_US = 25_000
 
 # Read by NIXL and UCX when they start. UCX would log to standard output, which belongs to the
 # server, and both report every lost peer, which we report ourselves.
-_QUIET = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "error", "UCX_LOG_FILE": "stderr"}
+_QUIET = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal", "UCX_LOG_FILE": "stderr"}
 
 
 @dataclass(slots=True)
@@ -58,7 +58,7 @@ class NixlTransport:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._nixl: _Nixl | None = None
+        self._nixl: RawNixl | None = None
         self._reads: dict[int, _Read] = {}
         self._next = 1
         self._names: dict[bytes, str] = {}
@@ -66,7 +66,7 @@ class NixlTransport:
 
     def register(self, base: int, length: int) -> None:
         if self._nixl is None:
-            self._nixl = _Nixl(self.name)
+            self._nixl = RawNixl(self.name)
         self._nixl.register(base, length)
 
     def metadata(self) -> bytes:
@@ -158,7 +158,7 @@ class NixlTransport:
             read.running.append(request)
         return True
 
-    def _open(self) -> _Nixl:
+    def _open(self) -> RawNixl:
         assert self._nixl is not None, f"transport {self.name} has no registered memory"
         return self._nixl
 
@@ -171,7 +171,7 @@ class NixlTransport:
         self._open().remove_peer(peer)
 
 
-class _Nixl:
+class RawNixl:
     """The calls of NIXL's bindings that are used, with its errors turned into TransferFailed."""
 
     def __init__(self, name: str) -> None:

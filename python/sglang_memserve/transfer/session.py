@@ -35,13 +35,18 @@ class Link(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """Bounds of one rank. Fetches beyond ``active`` wait, beyond ``queued`` they are refused."""
+    """Bounds of one rank. Fetches beyond ``active`` wait, beyond ``queued`` they are refused.
+
+    The pages of ended fetches stay pinned for a grace period, by at most ``grace_leases`` and on
+    at most ``grace_share`` of all blocks, but for the last fetch's; the oldest go first.
+    """
 
     active: int = 8
     queued: int = 64
     keys: int = 65_536
     deadline_s: float = 120.0
     grace_leases: int = 64
+    grace_share: float = 0.25
     peers: int = 256
     peer_idle_s: float = 60.0
 
@@ -276,11 +281,19 @@ class Sessions:
         self.counts.pages += reply.fetched_pages
         self.counts.bytes += reply.fetched_bytes
         if fetch.grace_lease is not None:
-            self._grace.append((now + self._settings.grace_s, fetch.grace_lease))
-            if len(self._grace) > self.limits.grace_leases:
-                self._grace.popleft()[1].release()
+            self._keep(fetch.grace_lease, now + self._settings.grace_s)
         active.done(reply)
         self._start_queued(now)
+
+    def _keep(self, lease: Lease, until_s: float) -> None:
+        grace, limits = self._grace, self.limits
+        grace.append((until_s, lease))
+        most_blocks = limits.grace_share * self._pool.total_blocks
+        blocks = sum(len(kept.blocks) for _, kept in grace)
+        while len(grace) > 1 and (len(grace) > limits.grace_leases or blocks > most_blocks):
+            oldest = grace.popleft()[1]
+            blocks -= len(oldest.blocks)
+            oldest.release()
 
     def _require_sane(self, request: FetchRequest) -> None:
         limits = self.limits

@@ -97,7 +97,7 @@ class FetchSettings:
     blocked fetch looks again by itself."""
 
     reply_timeout_s: float = 1.0
-    max_pages_per_lease: int = 512
+    max_pages_per_lease: int = 1024
     max_lease_ttl_s: float = 30.0
     grace_s: float = 3.0
     recheck_s: float = 0.05
