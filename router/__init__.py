@@ -1,0 +1,21 @@
+"""One URL for many SGLang instances that share their KV cache. No torch, no sglang, no nixl.
+
+In dependency order:
+
+``values``         what a decision is made of
+``global_tree``    who holds which page
+``cost``           what computing and moving take
+``policy/``        where a request is prefilled and decoded
+``config``         the command line
+``breaker`` ``member`` ``instances``   who is there, in which state
+``feed`` ``polling``   shells: residency events, listed URLs
+``prompts`` ``chat_template`` ``tokenize``   bodies to token ids
+``headers`` ``replies`` ``models``   what is said to clients and instances
+``metrics``        what is counted
+``proxy`` ``live``   HTTP to instances, and stopping it
+``placement``      token ids to a plan
+``steps``          what comes before decode
+``asgi`` ``dispatch`` ``passthrough``   requests
+``members`` ``control``   everything else
+``app`` ``__main__``   putting it together
+"""

@@ -40,6 +40,14 @@ class Deadlines:
     total_s: float = 3600.0
 
 
+class Refused(PeerError):
+    """An instance answered, and not with success; ``status`` is its HTTP status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class Answer:
     """An instance's answer whose status, headers and first bytes are here.
 
@@ -145,7 +153,9 @@ class Upstream:
         async with self.exchange(method, url, body, deadline_s=deadline_s) as response:
             data = await _read_all(response, max_bytes)
             if not 200 <= response.status < 300:
-                raise PeerError(f"{url} answered {response.status}: {_excerpt(data)}")
+                raise Refused(
+                    response.status, f"{url} answered {response.status}: {_excerpt(data)}"
+                )
         try:
             return orjson.loads(data) if data else None
         except orjson.JSONDecodeError as error:

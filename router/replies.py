@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 import orjson
+from starlette.responses import Response
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -35,6 +37,17 @@ class Reply:
         ]
         await send({"type": "http.response.start", "status": self.status, "headers": head})
         await send({"type": "http.response.body", "body": self.body})
+
+
+def as_response(reply: Reply) -> Response:
+    """For handlers that return Starlette's kind of answer."""
+    names = {name.decode(): value.decode() for name, value in reply.headers}
+    return Response(reply.body, reply.status, names, media_type=reply.content_type.decode())
+
+
+def json_response(value: object, status: int = 200) -> Response:
+    """``value`` may contain msgspec structs."""
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
 def json_reply(value: object, status: int = 200) -> Reply:

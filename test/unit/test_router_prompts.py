@@ -143,10 +143,23 @@ json_values = st.recursive(
     max_leaves=8,
 )
 fields = st.sampled_from(
-    (
-        "text input_ids prompt messages rid sampling_params cache_salt extra_key return_logprob"
-        " logprob_start_len echo logprobs stream model image_data"
-    ).split()
+    [
+        "text",
+        "input_ids",
+        "prompt",
+        "messages",
+        "rid",
+        "sampling_params",
+        "cache_salt",
+        "extra_key",
+        "return_logprob",
+        "logprob_start_len",
+        "echo",
+        "logprobs",
+        "stream",
+        "model",
+        "image_data",
+    ]
 )
 
 

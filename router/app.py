@@ -1,0 +1,270 @@
+"""The router as one ASGI application: parts put together, paths given, started and stopped.
+
+Inference is a plain ASGI application mounted as a route; nothing that would wrap a stream
+(``BaseHTTPMiddleware``) stands before it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from fastapi import FastAPI
+from sglang_memserve.errors import (
+    ConfigError,
+    LimitExceeded,
+    MemServeError,
+    NamespaceMismatch,
+    NoInstance,
+    PeerError,
+    ProtocolError,
+    VersionMismatch,
+)
+from sglang_memserve.protocol.http import InstanceInfo
+from sglang_memserve.types import Generation, InstanceId
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route as Mount
+
+from . import headers, replies
+from .asgi import ClientGone
+from .config import RouterConfig
+from .control import Control
+from .cost import CostModel
+from .dispatch import Dispatcher, Limits
+from .feed import Feed
+from .global_tree import GlobalTree
+from .instances import Instances
+from .live import LiveRequests
+from .members import Members
+from .metrics import Metrics, TreeCollector
+from .passthrough import Passthrough
+from .policy.base import Rotation
+from .policy.registry import make_policy
+from .polling import Poller
+from .prompts import Route
+from .proxy import Deadlines, Upstream
+from .replies import Receive, Scope, Send
+from .steps import StepDeadlines, Steps
+from .tokenize import Tokenization
+
+logger = logging.getLogger(__name__)
+
+ASK_S = 10.0
+STATUS_OF: tuple[tuple[type[MemServeError], int], ...] = (
+    (NamespaceMismatch, 409),
+    (VersionMismatch, 409),
+    (ProtocolError, 400),
+    (ConfigError, 400),
+    (LimitExceeded, 413),
+    (NoInstance, 503),
+    (PeerError, 502),
+)
+
+
+@asynccontextmanager
+async def running(
+    config: RouterConfig, *, limits: Limits | None = None, steps: StepDeadlines | None = None
+) -> AsyncIterator[Guard]:
+    """A router that works, as an ASGI application, until the block is left.
+
+    ``limits`` and ``steps`` override what ``config`` says, for tests mostly.
+    """
+    limits = limits or Limits(max_body_bytes=config.max_body_bytes)
+    steps = steps or StepDeadlines(
+        fetch_s=config.fetch_timeout_s,
+        grace_s=config.fetch_timeout_s,
+        prefill_s=min(StepDeadlines().prefill_s, config.request_timeout_s),
+    )
+    async with AsyncExitStack() as stack:
+        yield await _assemble(config, limits, steps, stack)
+
+
+async def _assemble(
+    config: RouterConfig, limits: Limits, deadlines: StepDeadlines, stack: AsyncExitStack
+) -> Guard:
+    total_s = config.request_timeout_s
+    upstream = Upstream(Deadlines(stall_s=total_s, total_s=total_s), config.api_key)
+    stack.push_async_callback(upstream.close)
+    key = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    session = await stack.enter_async_context(aiohttp.ClientSession())
+    tree, metrics, costs, rotation = GlobalTree(), Metrics(), CostModel(), Rotation()
+    policy = make_policy(config.policy, rotation, costs, config.bypass_tokens)
+    feed = Feed(tree, session, clock=time.monotonic, wall_clock=time.time, headers=key)
+    stack.push_async_callback(feed.close)
+    newcomers = Newcomers(costs)
+    instances = Instances(
+        time.monotonic,
+        [feed, newcomers],
+        heartbeat_s=config.heartbeat_s,
+        expire_s=config.expire_s,
+    )
+    asker = EngineTokenizer(instances, upstream)
+    folder = Path(config.model_path) if config.model_path else None
+    tokenization = Tokenization(asker.ask, folder=folder)
+    stack.callback(tokenization.close)
+    newcomers.tokenization = tokenization
+    stack.push_async_callback(newcomers.close)
+    live = LiveRequests(upstream, limits.max_in_flight)
+    stack.push_async_callback(live.close)
+    for listed in config.instances:
+        instances.add_static(listed.url, listed.role)
+    poller = Poller(instances, session, interval_s=config.heartbeat_s, headers=key)
+    polling = asyncio.create_task(poller.run(), name="polling")
+    polling.add_done_callback(_report)
+    stack.push_async_callback(_stop, polling)
+    dispatcher = Dispatcher(
+        instances=instances,
+        tree=tree,
+        policy=policy,
+        policy_name=config.policy,
+        rotation=rotation,
+        costs=costs,
+        tokenization=tokenization,
+        upstream=upstream,
+        steps=Steps(upstream, instances, costs, metrics, deadlines),
+        live=live,
+        metrics=metrics,
+        limits=limits,
+        api_key=config.api_key,
+    )
+
+    def source_states() -> Mapping[str, str]:
+        return {status.instance: status.state.value for status in feed.status()}
+
+    metrics.registry.register(TreeCollector(tree, source_states))
+    most = limits.max_body_bytes
+    control = Control(instances, source_states, upstream, live, metrics, most)
+    members = Members(instances, source_states, tree, most)
+    rest = Passthrough(instances, upstream, metrics, rotation, most, config.api_key)
+    return Guard(_application(dispatcher, control, members, rest), config.api_key)
+
+
+def _application(
+    dispatcher: Dispatcher, control: Control, members: Members, rest: Passthrough
+) -> FastAPI:
+    app = FastAPI(title="MemServe router", docs_url=None, redoc_url=None)
+    app.add_exception_handler(MemServeError, _on_error)
+    app.add_exception_handler(ClientGone, _on_client_gone)
+    for route in Route:
+        app.router.routes.append(Mount(route.value, dispatcher, methods=["POST", "PUT"]))
+    get, post, either = ["GET"], ["POST"], ["GET", "POST"]
+    paths: Sequence[tuple[str, Any, list[str]]] = (
+        ("/liveness", control.liveness, get),
+        ("/health", control.health, get),
+        ("/health_generate", control.health_generate, get),
+        ("/ready", control.readiness, get),
+        ("/readiness", control.readiness, get),
+        ("/metrics", control.expose_metrics, get),
+        ("/flush_cache", control.flush_cache, either),
+        ("/abort_request", control.abort_request, post),
+        ("/server_info", control.server_info, get),
+        ("/get_server_info", control.server_info, get),
+        ("/workers", members.workers, get),
+        ("/workers", members.add_worker, post),
+        ("/workers/{url:path}", members.remove_worker, ["DELETE"]),
+        ("/memserve/register", members.register, post),
+        ("/memserve/heartbeat", members.heartbeat, post),
+        ("/memserve/deregister", members.deregister, post),
+        ("/memserve/tree", members.dump_tree, get),
+    )
+    for path, handler, methods in paths:
+        app.add_api_route(path, handler, methods=methods, response_model=None)
+    app.router.routes.append(Mount("/{path:path}", rest))
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    status = next((code for kind, code in STATUS_OF if isinstance(error, kind)), 500)
+    if request.url.path.startswith("/memserve/"):
+        body = {"error": {"message": str(error), "type": type(error).__name__, "code": status}}
+        return replies.json_response(body, status)
+    return replies.as_response(replies.error(status, str(error), type(error).__name__))
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    # Nobody reads it; the server wants an answer all the same.
+    return Response(status_code=400)
+
+
+class Guard:
+    """The outermost application: the API key. Plain ASGI."""
+
+    def __init__(self, app: FastAPI, api_key: str | None) -> None:
+        self.app = app
+        self._api_key = api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not headers.authorized(
+            scope["headers"], scope["path"], self._api_key
+        ):
+            id = headers.request_id(scope["headers"])
+            await replies.unauthorized().send(send, headers.Verdict(id).headers())
+            return
+        await self.app(scope, receive, send)
+
+
+class Newcomers:
+    """A ``Listener`` that gets ready for an instance's model and prices when it joins."""
+
+    def __init__(self, costs: CostModel) -> None:
+        self.tokenization: Tokenization | None = None
+        self._costs = costs
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def joined(self, info: InstanceInfo) -> None:
+        self._costs.page_bytes = info.namespace.block_bytes * len(info.ranks)
+        if self.tokenization is None:
+            return
+        task = asyncio.create_task(self.tokenization.prepare(info.model_path), name="tokenizer")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(_report)
+
+    def left(self, instance: InstanceId) -> None:
+        self._costs.forget(instance)
+
+    def beat(self, instance: InstanceId, generation: Generation, event_seq: int) -> None:
+        pass
+
+    async def close(self) -> None:
+        for task in list(self._tasks):
+            await _stop(task)
+
+
+class EngineTokenizer:
+    """Asks any usable instance's ``/tokenize``."""
+
+    def __init__(self, instances: Instances, upstream: Upstream) -> None:
+        self._instances = instances
+        self._upstream = upstream
+
+    async def ask(self, question: Mapping[str, Any]) -> Sequence[int]:
+        """Ids of a prompt or a chat. Raises PeerError."""
+        views = self._instances.views({})
+        if not views:
+            raise PeerError("no instance to ask")
+        view = min(views, key=lambda view: view.running_requests)
+        url = f"{view.id}/tokenize"
+        answer = await self._upstream.call("POST", url, dict(question), deadline_s=ASK_S)
+        tokens = answer.get("tokens") if isinstance(answer, dict) else None
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise PeerError(f"{url} answered without tokens")
+        return tokens
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """A task that serves all requests must not die unheard."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s stopped", task.get_name(), exc_info=error)

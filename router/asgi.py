@@ -1,0 +1,118 @@
+"""The client's side of a request: its body, its leaving, and what it has been sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import msgspec
+from sglang_memserve.errors import LimitExceeded, PeerError, ProtocolError
+from starlette.requests import Request
+
+from . import headers as header
+from .proxy import Answer
+from .replies import Receive, Reply, Scope, Send, stream_error
+
+TAIL_BYTES = 4
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """The client closed its connection."""
+
+
+class Broken(Exception):
+    """An answer broke off after parts of it were sent: the connection must not look well ended."""
+
+
+async def read_body(receive: Receive, raw_headers: header.RawHeaders, limit: int) -> bytes:
+    """The whole body. Raises LimitExceeded beyond ``limit`` bytes, ClientGone."""
+    announced = header.get(raw_headers, b"content-length")
+    if announced is not None and announced.isdigit() and int(announced) > limit:
+        raise LimitExceeded(f"a body of {int(announced)} bytes")
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise LimitExceeded(f"a body of more than {limit} bytes")
+        parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def read_json(request: Request, kind: type[T], limit: int) -> T:
+    """The body as ``kind``. Raises ProtocolError, LimitExceeded, ClientGone."""
+    data = await read_body(request.receive, request.scope["headers"], limit)
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ProtocolError(f"request body: {error}") from error
+
+
+async def until_gone(receive: Receive) -> None:
+    """Returns when the client has gone (or the response is complete)."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Client:
+    """Where the answer goes, and whether any of it has gone there yet."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.method: str = scope["method"]
+        self.headers: header.RawHeaders = scope["headers"]
+        raw_path = scope.get("raw_path") or scope["path"].encode()
+        query = scope.get("query_string", b"")
+        self.target = (raw_path + (b"?" + query if query else b"")).decode("ascii", "replace")
+        self.path: str = scope["path"]
+        self.request_id = header.request_id(self.headers)
+        self.status = 0
+        self.complete = False
+        self._send = send
+
+    @property
+    def answered(self) -> bool:
+        return self.status != 0
+
+    async def reply(self, reply: Reply, verdict: header.Verdict | None = None) -> None:
+        """An answer of our own."""
+        self.status = reply.status
+        self.complete = True
+        verdict = verdict or header.Verdict(self.request_id)
+        await reply.send(self._send, verdict.headers())
+
+    async def relay(self, answer: Answer, extra: Iterable[tuple[bytes, bytes]]) -> None:
+        """An instance's answer, byte for byte and as it comes.
+
+        An event stream that breaks is ended by an error frame. Raises Broken when any other
+        answer does: only a cut connection can tell the client.
+        """
+        self.status = answer.status
+        start = {
+            "type": "http.response.start",
+            "status": answer.status,
+            "headers": header.to_client(answer.headers, extra),
+        }
+        await self._send(start)
+        tail = b""
+        try:
+            async for chunk in answer.chunks():
+                await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+                tail = (
+                    (tail + chunk)[-TAIL_BYTES:] if len(chunk) < TAIL_BYTES else chunk[-TAIL_BYTES:]
+                )
+        except PeerError as error:
+            if not answer.is_event_stream:
+                raise Broken(str(error)) from error
+            self.complete = True
+            end = stream_error(f"the instance broke off: {error}", tail)
+            await self._send({"type": "http.response.body", "body": end})
+            raise
+        self.complete = True
+        await self._send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,145 @@
+"""Every SGLang route that the router has no opinion on: to one instance, and its answer back.
+
+Any method, body unparsed (but for the model's name under ``/v1/``). The idlest decode-capable
+instance gets it; what only describes the model may come from any instance.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import orjson
+from sglang_memserve.errors import LimitExceeded, NoInstance, PeerError
+from sglang_memserve.types import InstanceId
+
+from . import replies
+from .asgi import Broken, Client, ClientGone, read_body, until_gone
+from .headers import Verdict, to_instance
+from .instances import Instances
+from .member import Outcome
+from .metrics import Metrics
+from .models import ModelNames
+from .placement import idlest_decode
+from .policy.base import Rotation
+from .proxy import Upstream
+from .replies import Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+# Answers that are the same everywhere: a prefill instance may give them where no other is.
+DESCRIBING = frozenset({"/v1/models", "/get_model_info", "/model_info"})
+# Other error shapes than OpenAI's; the instance judges the model's name itself.
+NOT_OPENAI = "/v1/messages"
+ATTEMPTS = 2
+
+
+class Passthrough:
+    """``__call__`` is ASGI."""
+
+    def __init__(
+        self,
+        instances: Instances,
+        upstream: Upstream,
+        metrics: Metrics,
+        rotation: Rotation,
+        max_body_bytes: int,
+        api_key: str | None,
+    ) -> None:
+        self._instances = instances
+        self._upstream = upstream
+        self._metrics = metrics
+        self._rotation = rotation
+        self._max_body_bytes = max_body_bytes
+        self._api_key = api_key
+        self._names = ModelNames(instances)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        client = Client(scope, send)
+        try:
+            data = await read_body(receive, client.headers, self._max_body_bytes)
+        except ClientGone:
+            return
+        except LimitExceeded:
+            await client.reply(replies.too_large(self._max_body_bytes))
+            return
+        unknown = self._unknown_model(client, data)
+        if unknown is not None:
+            await client.reply(replies.unknown_model(unknown))
+            return
+        work = asyncio.create_task(self._serve(client, data))
+        gone = asyncio.create_task(until_gone(receive))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            if client.complete:
+                await asyncio.wait((work,))
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+            self._metrics.requests.labels("other", str(client.status or 499)).inc()
+        if work.cancelled():
+            return
+        try:
+            work.result()
+        except Broken as error:
+            # Returning without having ended the answer makes the server cut the connection.
+            logger.warning("%s broke off: %s", client.request_id, error)
+
+    async def _serve(self, client: Client, data: bytes) -> None:
+        failed: set[InstanceId] = set()
+        error: PeerError | None = None
+        for _ in range(ATTEMPTS):
+            try:
+                target = self._choose(client.path, failed)
+                await self._forward(client, data, target)
+                return
+            except NoInstance as nobody:
+                reasons = nobody.reasons
+                await client.reply(replies.unavailable("no instance can serve", reasons))
+                return
+            except PeerError as failure:
+                if client.answered:
+                    return
+                error = failure
+                failed.add(target)
+                logger.warning("%s %s failed: %s", client.request_id, target, failure)
+        reasons = self._instances.unavailable(failed)
+        await client.reply(replies.unavailable(f"every attempt failed: {error}", reasons))
+
+    async def _forward(self, client: Client, data: bytes, target: InstanceId) -> None:
+        """Raises PeerError, NoInstance, Broken."""
+        self._rotation.advance()
+        headers = to_instance(client.headers, client.request_id, self._api_key)
+        verdict = Verdict(client.request_id, decode=target, reason="passed through")
+        with self._instances.begin(target, 0) as flight:
+            try:
+                answer = await self._upstream.open(
+                    client.method, target + client.target, headers, data or None
+                )
+                async with answer:
+                    await client.relay(answer, verdict.headers())
+            except (PeerError, Broken) as error:
+                flight.end(Outcome.FAILED, str(error))
+                raise
+            flight.end(Outcome.SUCCEEDED)
+
+    def _choose(self, path: str, failed: set[InstanceId]) -> InstanceId:
+        """Raises NoInstance."""
+        try:
+            return idlest_decode(self._instances, failed, turn=self._rotation.turn)
+        except NoInstance:
+            views = self._instances.views({}, failed)
+            if path not in DESCRIBING or not views:
+                raise
+            return views[0].id
+
+    def _unknown_model(self, client: Client, data: bytes) -> str | None:
+        if not data or not client.path.startswith("/v1/") or client.path.startswith(NOT_OPENAI):
+            return None
+        try:
+            body = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return None
+        model = body.get("model") if isinstance(body, dict) else None
+        return model if isinstance(model, str) and not self._names.known(model) else None

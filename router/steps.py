@@ -1,0 +1,372 @@
+"""What happens before the decode instance gets the request: prefill elsewhere, pages moved.
+
+    source --fetch--> P computes the prompt --pages, as they are computed--> D fetches
+                              |                                                  |
+                              +---- P is done: D gets a bounded grace ----------+--> go on
+
+Nothing here can fail a request. Whatever is late, refused or broken is counted, logged and left
+out; D then computes what it lacks. What a plan came to is an ``Outcome``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+from sglang_memserve.errors import MemServeError, NoInstance, PeerError, ProtocolError
+from sglang_memserve.protocol.http import FetchBody, FetchResult
+from sglang_memserve.types import InstanceId
+
+from .cost import CostModel
+from .instances import Instances
+from .live import Live, new_rid
+from .member import Outcome as InstanceOutcome
+from .metrics import Fetched, Metrics, short_reason
+from .placement import Holdings, Keyed
+from .prompts import Request, engine_rids, prefill_body
+from .proxy import Refused, Upstream
+from .values import Plan
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StepDeadlines:
+    """Seconds. ``fetch_s``: for pages that exist already. ``prefill_s``: for P's computing, at
+    most; a P that takes ``late_factor`` times what is predicted, and ``least_prefill_s`` more, is
+    late. ``grace_s``: how long D's fetch may go on after P is done, at most; at least
+    ``least_grace_s``, and no longer than computing the rest is predicted to take."""
+
+    fetch_s: float = 10.0
+    prefill_s: float = 300.0
+    late_factor: float = 5.0
+    least_prefill_s: float = 20.0
+    grace_s: float = 10.0
+    least_grace_s: float = 0.5
+
+
+@dataclass(slots=True)
+class Result:
+    """What came of the steps. ``computed_cached_tokens``: what P had cached of what it computed,
+    None if it computed nothing (or nothing we know of). ``decode_pages``: distinct pages known to
+    be readable on D."""
+
+    computed_cached_tokens: int | None
+    decode_pages: int
+    fetched: list[Fetched] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def cached_tokens(self, keyed: Keyed) -> int:
+        """Prompt tokens that no instance had to compute for this request."""
+        on_decode = keyed.bounded_tokens(self.decode_pages)
+        if self.computed_cached_tokens is None:
+            return on_decode
+        # P computed what it had not cached; D computes what it cannot read.
+        return min(on_decode, self.computed_cached_tokens)
+
+
+class Steps:
+    """Carries plans out, up to the point where the decode instance takes over."""
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        instances: Instances,
+        costs: CostModel,
+        metrics: Metrics,
+        deadlines: StepDeadlines,
+    ) -> None:
+        self._upstream = upstream
+        self._instances = instances
+        self._costs = costs
+        self._metrics = metrics
+        self._deadlines = deadlines
+
+    async def run(
+        self, request: Request, keyed: Keyed, holdings: Holdings, plan: Plan, live: Live
+    ) -> Result:
+        """Everything the plan says before decode. Raises nothing but cancellation."""
+        result = Result(None, holdings.pages(plan.decode))
+        if not keyed.pages:
+            return result
+        prefill = plan.prefill if plan.prefill != plan.decode else None
+        if prefill is None:
+            source = plan.decode_source or (plan.prefill_source if plan.prefill else None)
+            if source is not None:
+                await self._fetch_existing(source, plan.decode, keyed, holdings, result)
+            return result
+        if holdings.pages(plan.decode) >= keyed.pages:
+            return result
+        if plan.prefill_source is not None:
+            gathered = Result(None, holdings.pages(prefill))
+            await self._fetch_existing(plan.prefill_source, prefill, keyed, holdings, gathered)
+            result.fetched += gathered.fetched
+            result.notes += gathered.notes
+        complete = all(
+            holdings.of_chain(i, prefill) >= len(chain.keys) for i, chain in enumerate(keyed.chains)
+        )
+        if complete:
+            await self._fetch_existing(prefill, plan.decode, keyed, holdings, result)
+        else:
+            await self._compute_and_fetch(
+                request, keyed, holdings, prefill, plan.decode, live, result
+            )
+        return result
+
+    # -- moving pages that exist --
+
+    async def _fetch_existing(
+        self,
+        source: InstanceId,
+        target: InstanceId,
+        keyed: Keyed,
+        holdings: Holdings,
+        result: Result,
+    ) -> None:
+        missing = _missing(keyed, holdings, target)
+        answers = await asyncio.gather(
+            *(self._fetch(source, target, keyed, i, 0.0, self._deadlines.fetch_s) for i in missing),
+            return_exceptions=True,
+        )
+        readable = dict.fromkeys(range(len(keyed.chains)), 0)
+        for i, answer in zip(missing, answers, strict=True):
+            if isinstance(answer, FetchResult):
+                self._book(source, target, answer, result, timed=True)
+                readable[i] = answer.readable_pages
+            elif isinstance(answer, MemServeError):
+                self._failed("fetch", f"{target} fetching from {source}", answer, result)
+            elif isinstance(answer, BaseException):
+                raise answer
+        result.decode_pages = _pages_readable(keyed, holdings, target, readable)
+
+    async def _fetch(
+        self,
+        source: InstanceId,
+        target: InstanceId,
+        keyed: Keyed,
+        chain: int,
+        wait_s: float,
+        deadline_s: float,
+    ) -> FetchResult:
+        """One prompt's pages from ``source`` to ``target``. Raises PeerError, ProtocolError."""
+        info = self._instances.info(source)
+        body = FetchBody(
+            source=source,
+            keys=[key.hex() for key in keyed.chains[chain].keys],
+            wait_s=wait_s,
+            deadline_s=deadline_s,
+            source_ranks=[rank.peer_address for rank in info.ranks] if info else None,
+        )
+        # A moment more than the instance itself allows: its answer says how far it got.
+        answer = await self._upstream.call(
+            "POST",
+            f"{target}/memserve/fetch",
+            msgspec.json.encode(body),
+            deadline_s=deadline_s + 1.0,
+        )
+        try:
+            return msgspec.convert(answer, FetchResult)
+        except msgspec.ValidationError as error:
+            raise ProtocolError(f"{target}/memserve/fetch: {error}") from error
+
+    # -- computing on P while D fetches --
+
+    async def _compute_and_fetch(
+        self,
+        request: Request,
+        keyed: Keyed,
+        holdings: Holdings,
+        prefill: InstanceId,
+        decode: InstanceId,
+        live: Live,
+        result: Result,
+    ) -> None:
+        wait_s = self._prefill_s(keyed, holdings, prefill)
+        missing = _missing(keyed, holdings, decode)
+        fetches = {
+            asyncio.create_task(
+                self._fetch(prefill, decode, keyed, i, wait_s, wait_s + self._deadlines.grace_s)
+            ): i
+            for i in missing
+        }
+        compute = asyncio.create_task(
+            self._compute(request, keyed, holdings, prefill, live, wait_s)
+        )
+        live.prefilling = compute
+        readable = dict.fromkeys(range(len(keyed.chains)), 0)
+        computed = False
+        try:
+            await _until_settled(compute, list(fetches))
+            if not compute.done():
+                # D said that it cannot fetch: P's work would be for nothing now.
+                result.notes.append("prefill abandoned")
+            elif computed := self._computed(compute, result):
+                await asyncio.wait(fetches, timeout=self._grace_s(keyed, decode))
+        finally:
+            live.prefilling = None
+            await _end(compute, *fetches)
+        for task, i in fetches.items():
+            if task.cancelled():
+                # Without P's part there was nothing to fetch: that is P's failure alone.
+                if computed:
+                    self._failed("fetch", f"{decode} fetching from {prefill}", "late", result)
+                continue
+            error = task.exception()
+            if error is None:
+                self._book(prefill, decode, task.result(), result, timed=False)
+                readable[i] = task.result().readable_pages
+            elif isinstance(error, MemServeError):
+                self._failed("fetch", f"{decode} fetching from {prefill}", error, result)
+            else:
+                raise error
+        result.decode_pages = _pages_readable(keyed, holdings, decode, readable)
+
+    def _computed(self, compute: asyncio.Task[int], result: Result) -> bool:
+        """Whether P did its part; books it if so."""
+        try:
+            result.computed_cached_tokens = compute.result()
+        except asyncio.CancelledError:
+            result.notes.append("prefill aborted")
+            return False
+        except MemServeError as error:
+            self._failed("prefill", "prefill", error, result)
+            return False
+        return True
+
+    async def _compute(
+        self,
+        request: Request,
+        keyed: Keyed,
+        holdings: Holdings,
+        prefill: InstanceId,
+        live: Live,
+        deadline_s: float,
+    ) -> int:
+        """P computes the prompts; returns the tokens it had cached. Raises PeerError,
+        ProtocolError, NoInstance."""
+        uncached = keyed.tokens - keyed.bounded_tokens(holdings.pages(prefill))
+        view = next((v for v in self._instances.views({}) if v.id == prefill), None)
+        idle = view is not None and not (view.in_flight_prefill_tokens or view.waiting_requests)
+        rid = new_rid()
+        rids = engine_rids(rid, len(keyed.chains), request.batched)
+        body = prefill_body(request, [chain.ids for chain in keyed.chains], rid)
+        with self._instances.begin(prefill, uncached) as flight, live.at(prefill, rids):
+            started = time.monotonic()
+            try:
+                answer = await self._upstream.call(
+                    "POST",
+                    f"{prefill}/generate",
+                    body,
+                    deadline_s=deadline_s,
+                )
+                cached = _cached_tokens(answer)
+            except Refused as error:
+                # Its own fault only if it says so: a 400 is about the request.
+                if error.status >= 500:
+                    flight.end(InstanceOutcome.FAILED, str(error))
+                raise
+            except (PeerError, ProtocolError) as error:
+                flight.end(InstanceOutcome.FAILED, f"prefill: {error}")
+                raise
+            flight.end(InstanceOutcome.SUCCEEDED)
+        if idle and len(keyed.chains) == 1:
+            seconds = time.monotonic() - started
+            self._costs.observe_prefill(prefill, keyed.tokens - cached, cached, seconds)
+        return cached
+
+    def _prefill_s(self, keyed: Keyed, holdings: Holdings, prefill: InstanceId) -> float:
+        """How long P may take before it is late: what is predicted, generously."""
+        cached = keyed.bounded_tokens(holdings.pages(prefill))
+        view = next((v for v in self._instances.views({}) if v.id == prefill), None)
+        queued = view.in_flight_prefill_tokens if view is not None else 0
+        predicted = self._costs.predict_backlog_s(prefill, queued)
+        predicted += self._costs.predict_prefill_s(prefill, keyed.tokens - cached, cached)
+        late = self._deadlines.late_factor * predicted + self._deadlines.least_prefill_s
+        return min(self._deadlines.prefill_s, late)
+
+    def _grace_s(self, keyed: Keyed, decode: InstanceId) -> float:
+        predicted = self._costs.predict_prefill_s(decode, keyed.tokens, 0)
+        return max(self._deadlines.least_grace_s, min(self._deadlines.grace_s, predicted))
+
+    # -- booking --
+
+    def _book(
+        self,
+        source: InstanceId,
+        target: InstanceId,
+        answer: FetchResult,
+        result: Result,
+        *,
+        timed: bool,
+    ) -> None:
+        """``timed``: the fetch waited for no computing, so its duration is the transfer's."""
+        result.fetched.append(Fetched(source, target, answer))
+        if timed:
+            self._costs.observe_transfer(source, target, answer.fetched_bytes, answer.seconds)
+        if answer.readable_pages < answer.requested_pages:
+            note = f"fetched {answer.readable_pages}/{answer.requested_pages}: {answer.outcome}"
+            result.notes.append(note)
+
+    def _failed(self, step: str, what: str, error: MemServeError | str, result: Result) -> None:
+        kind = error if isinstance(error, str) else type(error).__name__
+        self._metrics.fallbacks.labels(step, short_reason(kind)).inc()
+        if step == "fetch":
+            self._metrics.transfer_failures.labels(short_reason(kind)).inc()
+        result.notes.append(f"{step} failed: {kind}")
+        level = logging.INFO if isinstance(error, NoInstance) else logging.WARNING
+        logger.log(level, "%s failed, decode computes instead: %s", what, error)
+
+
+async def _until_settled(
+    compute: asyncio.Task[int], fetches: Sequence[asyncio.Task[FetchResult]]
+) -> None:
+    """Wait for P to be done, or for D to have failed at every fetch."""
+    while not compute.done():
+        running = [task for task in fetches if not task.done()]
+        ended = [task for task in fetches if task.done()]
+        if not running and all(t.cancelled() or t.exception() is not None for t in ended):
+            return
+        await asyncio.wait({compute, *running}, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _end(*tasks: asyncio.Task[int] | asyncio.Task[FetchResult]) -> None:
+    """Cancel what still runs and see it end; their errors are read by the caller."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _missing(keyed: Keyed, holdings: Holdings, target: InstanceId) -> list[int]:
+    """Chains of which ``target`` lacks pages."""
+    return [
+        i for i, chain in enumerate(keyed.chains) if holdings.of_chain(i, target) < len(chain.keys)
+    ]
+
+
+def _pages_readable(
+    keyed: Keyed, holdings: Holdings, target: InstanceId, readable: dict[int, int]
+) -> int:
+    """Distinct pages ``target`` can read: of each chain what a fetch said, or the tree."""
+    pages = set()
+    for i, chain in enumerate(keyed.chains):
+        pages.update(chain.keys[: max(readable[i], holdings.of_chain(i, target))])
+    return len(pages)
+
+
+def _cached_tokens(answer: object) -> int:
+    """``meta_info.cached_tokens`` of a ``/generate`` answer, over all its prompts."""
+    total = 0
+    for one in answer if isinstance(answer, list) else [answer]:
+        meta = one.get("meta_info") if isinstance(one, dict) else None
+        if not isinstance(meta, dict):
+            raise ProtocolError("prefill answered without meta_info")
+        finish = meta.get("finish_reason")
+        if isinstance(finish, dict) and finish.get("type") == "abort":
+            raise ProtocolError(f"prefill was aborted: {finish.get('message')}")
+        cached = meta.get("cached_tokens", 0)
+        total += cached if isinstance(cached, int) else 0
+    return total
