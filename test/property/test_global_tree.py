@@ -121,14 +121,14 @@ class TreeMachine(RuleBasedStateMachine):
             assert ours == theirs
 
     def _rooted(self, page: int) -> bool:
-        parent_of = {}
+        parent_of: dict[int, int | None] = {}
         for view in self.tree.nodes():
             parent_of.update(zip(view.keys, (view.parent_key, *view.keys[:-1]), strict=True))
         seen: set[int] = set()
         at: int | None = page
-        while at in parent_of and at not in seen:
+        while at is not None and at in parent_of and at not in seen:
             seen.add(at)
-            at = parent_of[ShortKey(at)]
+            at = parent_of[at]
         return at not in seen
 
     @invariant()
