@@ -19,6 +19,7 @@ GRACE_S = 6.0
 _GUARD = Path(__file__).with_name("guard.py")
 _START_LIMIT_S = 30.0
 _TAIL_BYTES = 64 * 1024
+_LINE_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,8 @@ class GuardedProcess:
             self._guard.wait(10)
 
     def log_tail(self, lines: int) -> str:
-        """The last lines of the log, at most 64 KiB of it."""
+        """The last lines of the log, each cut to a readable length: SGLang prints all its settings
+        as one."""
         try:
             with open(self.command.log, "rb") as log:
                 size = log.seek(0, os.SEEK_END)
@@ -125,7 +127,8 @@ class GuardedProcess:
                 text = log.read().decode(errors="replace")
         except FileNotFoundError:
             return ""
-        return "\n".join(text.splitlines()[-lines:])
+        kept = text.splitlines()[-lines:]
+        return "\n".join(line[:_LINE_CHARS] + "..." * (len(line) > _LINE_CHARS) for line in kept)
 
     def __enter__(self) -> GuardedProcess:
         return self
