@@ -67,6 +67,7 @@ class _Turn:
     verdict: Verdict = field(default_factory=lambda: Verdict(""))
     first_byte_s: float | None = None
     failed: set[InstanceId] = field(default_factory=set)
+    errors: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +205,10 @@ class Dispatcher:
                 if turn.client.answered:
                     return
                 turn.failed.add(prepared.target)
+                turn.errors[prepared.target] = str(failure)
                 self._metrics.retries.labels(type(failure).__name__).inc()
                 logger.warning("%s %s failed: %s", turn.client.request_id, prepared.target, failure)
-        reasons = {**self._instances.unavailable(turn.failed)}
+        reasons = {**self._instances.unavailable(turn.failed), **turn.errors}
         await turn.client.reply(replies.unavailable(f"every attempt failed: {error}", reasons))
 
     async def _key(self, turn: _Turn) -> tuple[Keyed, str]:

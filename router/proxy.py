@@ -1,8 +1,7 @@
 """HTTP to instances: one shared aiohttp session, raw bytes in and out.
 
 Nagle's algorithm must be off on both sides, or a first streamed byte waits 40 ms for a delayed
-acknowledgement. asyncio and uvloop switch it off on every TCP connection, the router's listening
-side included; ``test_router_service`` holds them to it.
+acknowledgement. On this side asyncio and uvloop see to it; for clients ``__main__.listen`` does.
 
 What goes wrong with an instance is a PeerError: PeerUnreachable when no connection came about or
 no answer came in time, PeerError itself when the connection broke.

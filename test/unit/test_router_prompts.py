@@ -142,25 +142,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=8,
 )
-fields = st.sampled_from(
-    [
-        "text",
-        "input_ids",
-        "prompt",
-        "messages",
-        "rid",
-        "sampling_params",
-        "cache_salt",
-        "extra_key",
-        "return_logprob",
-        "logprob_start_len",
-        "echo",
-        "logprobs",
-        "stream",
-        "model",
-        "image_data",
-    ]
-)
+FIELDS = """text input_ids prompt messages rid sampling_params cache_salt extra_key stream model
+return_logprob logprob_start_len echo logprobs image_data"""
+fields = st.sampled_from(FIELDS.split())
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
