@@ -131,7 +131,8 @@ class Cluster:
         answers = probe.router_answers(self._router.url)
         registered = probe.ready_workers(self._router.url, self._api_key) if answers else set()
         for member in self._instances:
-            if member.stage is not Stage.READY:
+            # Not again once it is up: SGLang answers /health by generating a token.
+            if member.stage not in (Stage.UP, Stage.READY):
                 member.stage = probe.instance_stage(member.url)
             # Both must say so: a router's word alone may be about one that has just died.
             if member.stage is Stage.UP and member.url in registered:

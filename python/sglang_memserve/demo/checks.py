@@ -55,7 +55,8 @@ def kv_moved(observations: Sequence[Observation], decoders: Sequence[str]) -> Ch
 
 def decode_had_every_page(observations: Sequence[Observation], page_size: int) -> Check:
     """Of prompts that another instance prefilled."""
-    moved = [o for o in observations if o.prefill is not None and o.completion_tokens > 0]
+    asked = [o for o in observations if o.completion_tokens > 0]
+    moved = [o for o in asked if o.prefill not in (None, o.decode)]
     bad = [
         f"{o.label}: {o.cached_tokens} cached of {o.prompt_tokens}"
         for o in moved

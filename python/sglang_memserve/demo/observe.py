@@ -25,6 +25,8 @@ from ..errors import MemServeError
 _START_LIMIT_S = 20.0
 _REQUEST_LIMIT_S = 300.0
 _STATS_LIMIT_S = 10.0
+# What NIXL has read for a rank: ``docs/mempool.md``.
+_FETCHED = "transfer_fetched_bytes_total"
 _SHOWN = ("/generate", "/v1/chat/completions", "/v1/completions")
 _LABEL_CHARS = 34
 
@@ -229,7 +231,7 @@ class Recorder:
                 if answer.status != 200:
                     raise MemServeError(f"{url}/memserve/stats answers {answer.status}")
                 ranks = (await answer.json())["ranks"]
-            total[name] = int(sum(rank["fetched_bytes_total"] for rank in ranks))
+            total[name] = int(sum(rank[_FETCHED] for rank in ranks))
         return total
 
     def _keep(self, path: str, asked: Any, seen: _Seen, moved: Mapping[str, int]) -> None:
