@@ -85,8 +85,8 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 100.0
 
-    @initialize(total=st.integers(1, 12))
-    def start(self, total: int) -> None:
+    @initialize(total=st.integers(1, 12), contents=st.lists(prefixes, max_size=8))
+    def start(self, total: int, contents: list[tuple[int, ...]]) -> None:
         self.wakes = 0
         self.readable_calls = 0
         self.pool = MemPool(
@@ -102,6 +102,9 @@ class PoolMachine(RuleBasedStateMachine):
         self.mirror: dict[int, int | None] = {}
         self.next_seq = 0
         self.promised: list[tuple[PoolLease, list[PageKey]]] = []
+        # Most of what can go wrong happens in a pool that is full.
+        for prefix in contents:
+            self.store_at_once((chain_of(prefix), None))
 
     def teardown(self) -> None:
         if hasattr(self, "pool"):
@@ -129,6 +132,18 @@ class PoolMachine(RuleBasedStateMachine):
         expected = self.oracle.prepare(keys, parent)
         assert [position for position, _ in store.missing] == expected.missing
         return store, expected
+
+    @rule(request=requests)
+    def store_at_once(self, request: tuple[list[PageKey], PageKey | None]) -> None:
+        self.commit(self.prepare(request), 1.0, True)
+
+    @rule(first=prefixes, second=prefixes)
+    def use_and_crowd_out(self, first: tuple[int, ...], second: tuple[int, ...]) -> None:
+        """What was just used must be the last to go."""
+        pair = self.acquire((chain_of(first), None), "ann", 1.0)
+        if isinstance(pair, tuple):
+            self.release(pair)
+        self.store_at_once((chain_of(second), None))
 
     @rule(pair=consumes(stores), share=st.floats(0, 1), everything=st.booleans())
     def commit(self, pair: tuple[PoolStore, object], share: float, everything: bool) -> None:
@@ -216,7 +231,7 @@ class PoolMachine(RuleBasedStateMachine):
     def release_owner(self, owner: str) -> None:
         assert self.pool.release_owner(owner) == self.oracle.release_owner(owner)
 
-    @rule(seconds=st.sampled_from((0.5, 1.0, 4.0, 60.0)))
+    @rule(seconds=st.sampled_from((1.0, 4.0, 60.0)))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         self.oracle.now = self.now
