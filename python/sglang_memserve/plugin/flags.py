@@ -176,5 +176,5 @@ def _kv_bytes_per_token(config_file: Path) -> int | None:
         kv_heads = int(model.get("num_key_value_heads") or heads)
         head_dim = int(model.get("head_dim") or model["hidden_size"] // heads)
         return int(model["num_hidden_layers"]) * 2 * kv_heads * head_dim * 2
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         return None
