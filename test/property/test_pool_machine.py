@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -319,6 +318,4 @@ PoolMachine.TestCase.settings = settings(
 )
 
 
-@pytest.mark.timeout(280)
-class TestPool(PoolMachine.TestCase):
-    pass
+TestPool = PoolMachine.TestCase

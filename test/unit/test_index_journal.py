@@ -11,6 +11,7 @@ from sglang_memserve.index.journal import (
     Cleared,
     Dropped,
     Journal,
+    Record,
     Stored,
     rebuild,
     to_events,
@@ -61,7 +62,7 @@ def test_a_batch_over_the_limit_is_a_hole() -> None:
 
 
 def test_events_are_those_of_sglang() -> None:
-    records = [
+    records: list[Record] = [
         Stored([key(1), key(2)], key(0)),
         Dropped([key(2)]),
         Cleared(),

@@ -17,6 +17,8 @@ from sglang_memserve.mempool import MAX_SUBSCRIBERS, MemPool
 from sglang_memserve.protocol.events import (
     BlockRemoved,
     BlockStored,
+    Event,
+    Snapshot,
     decode_snapshot,
     encode_snapshot,
 )
@@ -220,7 +222,8 @@ def test_events_tell_the_story(pool: MemPool) -> None:
     fill(pool, head)
     fill(pool, tail, parent=head[1])
     pool.delete([tail[1]])
-    a, b = [short_key(key) for key in head], [short_key(key) for key in tail]
+    a: list[int] = [short_key(key) for key in head]
+    b: list[int] = [short_key(key) for key in tail]
     medium = "CPU_PINNED"
     assert pool.drain_events() == [
         (0, [BlockStored(a, None, [], 4, medium=medium)]),
@@ -244,7 +247,7 @@ def test_one_batch_for_a_round_of_evictions(pool: MemPool) -> None:
 
 def test_wakes_come_outside_the_lock() -> None:
     calls: list[str] = []
-    pool = make(on_events=lambda: calls.append(f"events {len(pool.drain_events())}"))
+    pool: MemPool = make(on_events=lambda: calls.append(f"events {len(pool.drain_events())}"))
     pool.subscribe(lambda: calls.append(f"readable {pool.readable_pages(chain('a', 2))}"))
     fill(pool, chain("a", 2))
     assert calls == ["events 1", "readable 2"]
@@ -296,8 +299,8 @@ class Hammer:
             threading.Thread(target=self._guarded, args=(number,)) for number in range(threads)
         ]
         self.stop = threading.Event()
-        self.seen: list[tuple[int, list[object]]] = []
-        self.snapshots: list[object] = []
+        self.seen: list[tuple[int, list[Event]]] = []
+        self.snapshots: list[Snapshot] = []
         self.drainer = threading.Thread(target=self._drain)
 
     def run(self) -> None:
@@ -350,7 +353,7 @@ class Hammer:
         self.seen += self.pool.drain_events()
 
 
-def replay(events: list[object], state: set[int]) -> None:
+def replay(events: list[Event], state: set[int]) -> None:
     for event in events:
         if isinstance(event, BlockStored):
             state.update(event.block_hashes)
@@ -378,6 +381,6 @@ def test_threads() -> None:
         states.append(state)
     for snapshot in [*hammer.snapshots, pool.snapshot()]:
         rebuilt: set[int] = set()
-        replay(snapshot.events, rebuilt)  # type: ignore[attr-defined]
-        assert rebuilt == states[snapshot.seq + 1]  # type: ignore[attr-defined]
+        replay(snapshot.events, rebuilt)
+        assert rebuilt == states[snapshot.seq + 1]
     pool.close()
