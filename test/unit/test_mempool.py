@@ -247,21 +247,21 @@ def test_one_batch_for_a_round_of_evictions(pool: MemPool) -> None:
 
 def test_wakes_come_outside_the_lock() -> None:
     calls: list[str] = []
-    pool: MemPool = make(on_events=lambda: calls.append(f"events {len(pool.drain_events())}"))
-    pool.subscribe(lambda: calls.append(f"readable {pool.readable_pages(chain('a', 2))}"))
-    fill(pool, chain("a", 2))
+    woken: MemPool = make(on_events=lambda: calls.append(f"events {len(woken.drain_events())}"))
+    woken.subscribe(lambda: calls.append(f"readable {woken.readable_pages(chain('a', 2))}"))
+    fill(woken, chain("a", 2))
     assert calls == ["events 1", "readable 2"]
-    pool.clear()
+    woken.clear()
     assert calls[2:] == ["events 1"]
     later: list[str] = []
-    pool.set_event_wake(lambda: later.append("wake"))
-    pool.prepare_store(chain("a", 2)).commit()
+    woken.set_event_wake(lambda: later.append("wake"))
+    woken.prepare_store(chain("a", 2)).commit()
     assert later == ["wake"]
     for _ in range(MAX_SUBSCRIBERS - 1):
-        pool.subscribe(lambda: None)
+        woken.subscribe(lambda: None)
     with pytest.raises(LimitExceeded):
-        pool.subscribe(lambda: None)
-    pool.close()
+        woken.subscribe(lambda: None)
+    woken.close()
 
 
 def test_after_close_everything_is_quietly_empty() -> None:
