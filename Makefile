@@ -3,6 +3,9 @@ PYTHON ?= python3
 PY := .venv/bin/python
 MODEL := .cache/models/SmolLM2-135M-Instruct
 
+# Without cached bytecode every one of many processes compiles SGLang anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check layers lint format bench lock clean
 
