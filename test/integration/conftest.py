@@ -1,7 +1,7 @@
 """Servers that many tests share: started when the first test asks, ended with the run.
 
 ``tiny_model``, ``demo_model``  model folders, made once and kept under ``.cache``
-``cluster``                     1 prefill, 1 decode and a router, on the tiny model
+``cluster``                     2 prefill, 1 decode and a router, on the tiny model
 ``stock``                       one SGLang instance without MemServe, on the same model
 
 A test that kills or floods something starts its own with ``harness.launch_cluster``.
@@ -46,10 +46,12 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
-    """The router never lets the decode instance compute a whole page itself: a tiny model computes
-    faster than anything can be moved, and tests want to see it move."""
-    flags = ["--mempool-dram", "256MiB", "--router-arg=--bypass-tokens=0"]
-    with launch_cluster(tiny_model, tmp_path_factory.mktemp("cluster"), flags=flags) as running:
+    """Two prefill instances, so that prefill to prefill can be tried. A policy that predicts
+    nothing, so that what moves depends on no timing: a tiny model computes faster than anything
+    can be moved, and tests want to see it move."""
+    flags = ["--mempool-dram", "256MiB", "--policy", "prefix", "--router-arg=--bypass-tokens=0"]
+    folder = tmp_path_factory.mktemp("cluster")
+    with launch_cluster(tiny_model, folder, prefill=2, flags=flags) as running:
         yield running
 
 

@@ -1,0 +1,235 @@
+"""KV computed anywhere is used everywhere: on real clusters, in every direction, for every tenant.
+
+What is compared with is one stock SGLang instance (``stock``) with the same model and flags.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import requests
+from integration.harness import (
+    REQUEST_LIMIT_S,
+    Answer,
+    RunningCluster,
+    Server,
+    generate,
+    stats,
+    wait_until,
+)
+from sglang_memserve.hashing import namespace_seed, page_keys
+from sglang_memserve.protocol.events import BlockStored, decode_snapshot
+
+pytestmark = pytest.mark.integration
+
+PAGE = 16
+
+
+@pytest.fixture
+def prompt(request: pytest.FixtureRequest) -> Iterator[list[int]]:
+    """600 token ids that no other test uses; the seed is the test's name."""
+    yield tokens(request.node.nodeid, 600)
+
+
+def tokens(seed: str, count: int) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(3, 250) for _ in range(count)]
+
+
+def full_pages(count: int) -> int:
+    """Tokens in full pages that an engine can take from a cache: it always computes the last."""
+    return (count - 1) // PAGE * PAGE
+
+
+def fetched_bytes(server: Server) -> float:
+    return stats(server)["transfer_fetched_bytes_total"]
+
+
+def served(answer: Answer, header: str) -> str:
+    return answer.headers[f"x-memserve-{header}"]
+
+
+def fetch(holder: Server, receiver: Server, ids: list[int], seed: bytes | None = None) -> dict:
+    body = {
+        "source": holder.url,
+        "keys": [key.hex() for key in page_keys(ids, PAGE, seed)],
+        "wait_s": 0.5,
+        "deadline_s": 10.0,
+    }
+    response = requests.post(f"{receiver.url}/memserve/fetch", json=body, timeout=REQUEST_LIMIT_S)
+    assert response.status_code == 200, response.text
+    result: dict = response.json()
+    return result
+
+
+def readable(server: Server, ids: list[int], seed: bytes | None = None) -> int:
+    """Leading pages of ``ids`` in the server's MemPool."""
+    response = requests.get(f"{server.url}/memserve/snapshot", timeout=10)
+    response.raise_for_status()
+    held = {
+        key
+        for event in decode_snapshot(response.content).events
+        if isinstance(event, BlockStored)
+        for key in event.block_hashes
+    }
+    keys = [int.from_bytes(k[:8], "big", signed=True) for k in page_keys(ids, PAGE, seed)]
+    return next((index for index, key in enumerate(keys) if key not in held), len(keys))
+
+
+def test_prefill_to_decode(cluster: RunningCluster, stock: Server, prompt: list[int]) -> None:
+    decode = cluster.one("decode")
+    before = fetched_bytes(decode)
+    answer = generate(cluster.url, prompt, 24)
+
+    assert answer.output_ids == generate(stock.url, prompt, 24).output_ids
+    assert served(answer, "prefill") in [server.url for server in cluster.all("prefill")]
+    assert served(answer, "decode") == decode.url
+    assert answer.cached_tokens == full_pages(len(prompt)), "decode computed what prefill had done"
+    assert int(served(answer, "cached-tokens")) == 0, "the prompt was new: somebody computed it"
+    block_bytes = stats(decode)["block_bytes"]
+    assert fetched_bytes(decode) - before >= full_pages(len(prompt)) / PAGE * block_bytes
+
+
+def test_second_time_nobody_computes(
+    cluster: RunningCluster, stock: Server, prompt: list[int]
+) -> None:
+    first = generate(cluster.url, prompt, 8)
+    again = generate(cluster.url, prompt, 8)
+    assert again.output_ids == first.output_ids
+    assert int(served(again, "cached-tokens")) == full_pages(len(prompt))
+
+
+def test_next_turn_takes_generated_pages_back(
+    cluster: RunningCluster, stock: Server, prompt: list[int]
+) -> None:
+    """Decode -> prefill: the answer's own pages are not computed again by the prefill instance."""
+    decode = cluster.one("decode")
+    first = generate(cluster.url, prompt, 80)
+    by_url = {server.url: server for server in cluster.instances}
+    prefill = by_url[served(first, "prefill")]
+    # The very last token of an answer is sampled but never run through the model.
+    history = prompt + first.output_ids
+    known = full_pages(len(history))
+    wait_until(lambda: readable(decode, history) * PAGE >= known, 10, "generated pages in MemPool")
+    before = fetched_bytes(prefill)
+
+    follow_up = history + tokens("follow-up", 200)
+    second = generate(cluster.url, follow_up, 24)
+
+    assert second.output_ids == generate(stock.url, follow_up, 24).output_ids
+    assert served(second, "prefill") == prefill.url
+    assert int(served(second, "cached-tokens")) == known, "a page of the first turn was recomputed"
+    moved = (known - len(prompt) // PAGE * PAGE) / PAGE * stats(prefill)["block_bytes"]
+    assert fetched_bytes(prefill) - before >= moved
+    assert second.cached_tokens == full_pages(len(follow_up))
+
+
+def test_prefill_to_prefill(cluster: RunningCluster, stock: Server, prompt: list[int]) -> None:
+    """The other prefill instance fetches instead of computing."""
+    first, second = cluster.all("prefill")
+    expected = generate(first.url, prompt, 16).output_ids
+    wait_until(lambda: readable(first, prompt) == len(prompt) // PAGE, 10, "pages in MemPool")
+    result = fetch(first, second, prompt)
+    assert result["outcome"] == "complete"
+    assert result["fetched_pages"] == len(prompt) // PAGE
+    answer = generate(second.url, prompt, 16)
+    assert answer.cached_tokens == full_pages(len(prompt))
+    assert answer.output_ids == expected == generate(stock.url, prompt, 16).output_ids
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 511, 512, 513, 1500])
+def test_greedy_outputs_equal_stock(cluster: RunningCluster, stock: Server, length: int) -> None:
+    """Around page and chunk borders; the second time from the cache."""
+    ids = tokens(f"greedy {length}", length)
+    expected = generate(stock.url, ids, 20).output_ids
+    assert generate(cluster.url, ids, 20).output_ids == expected
+    assert generate(cluster.url, ids, 20).output_ids == expected
+
+
+def test_batches_equal_stock(cluster: RunningCluster, stock: Server) -> None:
+    """Several prompts in one request, with a shared prefix of several pages."""
+    shared = tokens("batch", 100)
+    batch = [shared + tokens(f"batch {index}", 50 + index) for index in range(3)]
+
+    def ask(url: str) -> list[list[int]]:
+        body = {
+            "input_ids": batch,
+            "sampling_params": {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True},
+        }
+        response = requests.post(f"{url}/generate", json=body, timeout=REQUEST_LIMIT_S)
+        assert response.status_code == 200, response.text
+        return [item["output_ids"] for item in response.json()]
+
+    expected = ask(stock.url)
+    assert ask(cluster.url) == expected
+    assert ask(cluster.url) == expected
+
+
+def test_salt_separates_tenants(cluster: RunningCluster, prompt: list[int]) -> None:
+    """Equal prompts of two tenants share nothing: not by routing, fetching, loading or in HBM."""
+    prefill, decode = cluster.all("prefill")[0], cluster.one("decode")
+    for fields in ({"cache_salt": "tenant-a"}, {"extra_key": "tenant-a"}, {}):
+        first = generate(cluster.url, prompt, 8, **fields)
+        assert int(served(first, "cached-tokens")) == 0, f"{fields} saw another tenant's pages"
+        assert first.cached_tokens == full_pages(len(prompt)), "its own pages moved"
+        again = generate(cluster.url, prompt, 8, **fields)
+        assert int(served(again, "cached-tokens")) == full_pages(len(prompt)), fields
+    stranger = generate(cluster.url, prompt, 8, cache_salt="tenant-b")
+    assert int(served(stranger, "cached-tokens")) == 0
+    # Straight at the instances, past the router.
+    for server in (prefill, decode):
+        direct = generate(server.url, prompt, 8, cache_salt="tenant-c")
+        assert direct.cached_tokens == 0
+    other = namespace_seed(None, "tenant-d")
+    assert fetch(prefill, decode, prompt, other)["readable_pages"] == 0
+
+
+def test_salt_separates_chats(cluster: RunningCluster) -> None:
+    body = {
+        "model": "default",
+        "messages": [{"role": "user", "content": "Tell me of pages and prefixes. " * 20}],
+        "temperature": 0,
+        "max_tokens": 8,
+    }
+
+    def cached(salt: str) -> int:
+        response = requests.post(
+            f"{cluster.url}/v1/chat/completions",
+            json={**body, "cache_salt": salt},
+            timeout=REQUEST_LIMIT_S,
+        )
+        assert response.status_code == 200, response.text
+        return int(response.headers["x-memserve-cached-tokens"])
+
+    assert cached("chat-a") == 0
+    assert cached("chat-b") == 0
+    assert cached("chat-a") > 0
+
+
+def test_tree_equals_what_instances_hold(cluster: RunningCluster, prompt: list[int]) -> None:
+    """After quiet the global tree is the union of the instances' snapshots."""
+    generate(cluster.url, prompt, 40)
+
+    def held(server: Server) -> set[int]:
+        response = requests.get(f"{server.url}/memserve/snapshot", timeout=10)
+        events = decode_snapshot(response.content).events
+        return {
+            key for event in events if isinstance(event, BlockStored) for key in event.block_hashes
+        }
+
+    def known(server: Server) -> set[int]:
+        response = requests.get(f"{cluster.url}/memserve/tree", timeout=10)
+        response.raise_for_status()
+        tree = response.json()
+        assert not tree["truncated"]
+        nodes = [node for node in tree["nodes"] if server.url in node["holders"]]
+        return {int(key) for node in nodes for key in node["keys"]}
+
+    for server in cluster.instances:
+        wait_until(
+            lambda server=server: bool(held(server)) and held(server) == known(server),
+            15,
+            f"tree agrees with {server.name}",
+        )
