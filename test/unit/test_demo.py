@@ -98,6 +98,12 @@ def test_outputs_that_differ_fail() -> None:
     assert not checks.same_outputs("n", {}, {"a": "x"}).passed
 
 
+def test_a_request_that_failed_or_is_missing_fails() -> None:
+    assert checks.every_request_served([seen()], 1).passed
+    assert not checks.every_request_served([seen()], 2).passed
+    assert not checks.every_request_served([seen(status=503)], 1).passed
+
+
 def test_nothing_moved_fails() -> None:
     assert checks.kv_moved([seen()], ["decode-0"]).passed
     still = seen(fetched_bytes={"prefill-0": 1000, "decode-0": 0})

@@ -111,7 +111,8 @@ def _cluster_options(arguments: argparse.Namespace) -> Options:
 def run(arguments: argparse.Namespace) -> int:
     """Raises MemServeError. Returns 0 when every check passed, else 1."""
     began = time.monotonic()
-    console = Console()
+    # The tables need room; a pipe or a log has it.
+    console = Console(width=None if sys.stdout.isatty() else 150)
     if arguments.model_path == DEFAULT_MODEL and not is_complete(DEFAULT_MODEL):
         make_demo_model(DEFAULT_MODEL, console.print)
     options = _cluster_options(arguments)
@@ -149,6 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
             expected,
             decoders=[i.command.name for i in plan.instances if i.role.can_decode],
             page_size=_page_size(plan.instances[0].url),
+            expected_requests=2 * programs.REQUESTS,
         )
         report.show_checks(console, results)
         seconds = time.monotonic() - began

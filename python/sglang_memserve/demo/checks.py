@@ -36,11 +36,13 @@ def same_outputs(name: str, ours: Mapping[str, str], stock: Mapping[str, str]) -
     return Check(name, False, f"{first}: {ours.get(first)!r} is not {stock[first]!r}")
 
 
-def every_request_served(observations: Sequence[Observation]) -> Check:
-    bad = [f"{o.label}: status {o.status}" for o in observations if o.status != 200]
-    return Check(
-        "every request was answered", not bad, bad[0] if bad else f"{len(observations)} requests"
-    )
+def every_request_served(observations: Sequence[Observation], expected: int) -> Check:
+    name = "every request was answered"
+    for o in observations:
+        if o.status != 200:
+            return Check(name, False, f"{o.label}: status {o.status}")
+    count = f"{len(observations)} of {expected} requests"
+    return Check(name, len(observations) == expected, count)
 
 
 def kv_moved(observations: Sequence[Observation], decoders: Sequence[str]) -> Check:
@@ -119,6 +121,7 @@ def run_checks(
     stock: Mapping[str, Mapping[str, str]],
     decoders: Sequence[str],
     page_size: int,
+    expected_requests: int,
 ) -> list[Check]:
     """``outputs`` by phase; ``stock``: the two first phases on an instance without MemServe."""
 
@@ -126,7 +129,7 @@ def run_checks(
         return [o for o in observations if o.phase in phases]
 
     return [
-        every_request_served(observations),
+        every_request_served(observations, expected_requests),
         same_outputs("program equals stock SGLang", outputs[PROGRAM], stock[PROGRAM]),
         same_outputs("chat equals stock SGLang", outputs[CHAT], stock[CHAT]),
         same_outputs("program again equals itself", outputs[PROGRAM_AGAIN], outputs[PROGRAM]),

@@ -215,11 +215,10 @@ class Recorder:
             async for chunk in answer.content.iter_any():
                 seen.first = seen.first or time.monotonic()
                 seen.body += chunk
-                await response.write(chunk)
+                await _write(response, chunk)
             seen.status = answer.status
             seen.headers = {name.lower(): value for name, value in answer.headers.items()}
         seen.ended = time.monotonic()
-        await response.write_eof()
         return response
 
     async def _fetched(self) -> dict[str, int]:
@@ -261,6 +260,14 @@ class Recorder:
 
     def _name(self, url: str | None) -> str | None:
         return None if url is None else self._names.get(url, url)
+
+
+async def _write(response: web.StreamResponse, chunk: bytes) -> None:
+    try:
+        await response.write(chunk)
+    except ConnectionResetError:
+        # Clients hang up at ``[DONE]``; the rest of the answer is still read, for the record.
+        return
 
 
 class _Seen:

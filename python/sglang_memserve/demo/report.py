@@ -20,7 +20,7 @@ def _size(bytes_: int) -> str:
 
 
 def _row(o: Observation) -> tuple[str, ...]:
-    moved = ", ".join(
+    moved = "\n".join(
         f"{_size(count)} to {name}" for name, count in o.fetched_bytes.items() if count
     )
     return (
@@ -39,7 +39,8 @@ class PhaseTable:
     """One phase's requests, a row as each ends. A context manager."""
 
     def __init__(self, console: Console, title: str) -> None:
-        self._live = Live(console=console, refresh_per_second=4)
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=4, vertical_overflow="visible")
         self._table = Table(title=title, title_justify="left", title_style="bold")
         for column in ("request", "prefilled by", "decoded by"):
             self._table.add_column(column)
@@ -62,6 +63,8 @@ class PhaseTable:
         trace: TracebackType | None,
     ) -> None:
         self._live.stop()
+        if not self._console.is_terminal:
+            self._console.print()
 
 
 def show_checks(console: Console, checks: Sequence[Check]) -> None:
