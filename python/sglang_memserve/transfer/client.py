@@ -101,9 +101,24 @@ class LocalClient:
                 answer.set_exception(error)
 
 
+_KINDS: dict[str, type[MemServeError]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.ConfigError,
+        errors.ProtocolError,
+        errors.VersionMismatch,
+        errors.NamespaceMismatch,
+        errors.OutOfBlocks,
+        errors.PeerError,
+        errors.PeerUnreachable,
+        errors.LeaseInvalid,
+        errors.TransferFailed,
+        errors.LimitExceeded,
+    )
+}
+
+
 def error_of(reply: ErrorReply) -> MemServeError:
     """The exception that an ErrorReply names; an unknown name gives a plain MemServeError."""
-    kind = getattr(errors, reply.kind, None)
-    if isinstance(kind, type) and issubclass(kind, MemServeError):
-        return kind(reply.message)
-    return MemServeError(f"{reply.kind}: {reply.message}")
+    kind = _KINDS.get(reply.kind)
+    return MemServeError(f"{reply.kind}: {reply.message}") if kind is None else kind(reply.message)
