@@ -96,6 +96,8 @@ def _interview(s, document, questions):  # type: ignore[no-untyped-def]
     import sglang as sgl
 
     s += document
+    # The document is on its way to another thread; without waiting, fork may find nothing to share.
+    s.sync()
     forks = s.fork(len(questions))
     for fork, question in zip(forks, questions, strict=True):
         fork += f"\nQuestion: {question}\nAnswer:"
