@@ -69,7 +69,9 @@ class Namespace:
     @property
     def block_bytes(self) -> int:
         """Bytes of one page over all layers, K and V."""
-        per_token = self.num_kv_heads * (self.head_dim + self.v_head_dim) * DTYPE_BYTES[self.kv_dtype]
+        per_token = (
+            self.num_kv_heads * (self.head_dim + self.v_head_dim) * DTYPE_BYTES[self.kv_dtype]
+        )
         return self.num_layers * self.page_size * per_token
 
 

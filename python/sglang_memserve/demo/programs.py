@@ -5,8 +5,9 @@ Both return their outputs by name, greedy, so that two runs can be compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MemServeError
 
@@ -92,7 +93,7 @@ def run_program(url: str) -> dict[str, str]:
         raise MemServeError(f"the program did not end within {PROGRAM_LIMIT_S:.0f} s") from None
 
 
-def _interview(s, document, questions):  # type: ignore[no-untyped-def]
+def _interview(s: Any, document: str, questions: Sequence[str]) -> dict[str, str]:
     import sglang as sgl
 
     s += document

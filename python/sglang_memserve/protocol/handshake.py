@@ -20,7 +20,9 @@ def layout_hash(namespace: Namespace) -> str:
 
 def require_same_version(theirs: int) -> None:
     if theirs != PROTOCOL_VERSION:
-        raise VersionMismatch(f"peer speaks MemServe protocol {theirs}, we speak {PROTOCOL_VERSION}")
+        raise VersionMismatch(
+            f"peer speaks MemServe protocol {theirs}, we speak {PROTOCOL_VERSION}"
+        )
 
 
 def require_same_namespace(ours: Namespace, theirs: Namespace) -> None:
