@@ -76,7 +76,7 @@ def hold(pipe: Connection, keys: list[PageKey], folder: str) -> None:
 
 
 class Reader:
-    def __init__(self, pipe: Connection, keys: list[PageKey], folder: str) -> None:
+    def __init__(self, pipe: Connection, keys: Sequence[PageKey], folder: str) -> None:
         self.keys = keys
         self.pool = MemPool(
             NAMESPACE, arena_bytes=2 * len(keys) * NAMESPACE.block_bytes, generation="reader"
@@ -92,7 +92,7 @@ class Reader:
         self.agent.start()
 
     def fetch(self, count: int) -> float:
-        request = FetchRequest("holder", self.peer, self.keys[:count], 0.0, DEADLINE_S)
+        request = FetchRequest("holder", self.peer, list(self.keys[:count]), 0.0, DEADLINE_S)
         start = time.perf_counter()
         reply = self.agent.fetch(request).result(DEADLINE_S)
         seconds = time.perf_counter() - start

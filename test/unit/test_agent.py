@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -75,6 +76,10 @@ def holds(pool: MemPool, keys: Sequence[PageKey]) -> bool:
     blocks = pool.match(keys)
     found = [ctypes.string_at(pool.address(block), BLOCK) for block in blocks]
     return found == [content(key) for key in keys]
+
+
+def readable(pool: MemPool, pages: int) -> bool:
+    return pool.readable_pages(KEYS) == pages
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -241,7 +246,7 @@ def test_pages_are_read_as_they_appear(pair: tuple[Rank, Rank]) -> None:
     fetch = reader.start(holder, KEYS, wait_s=15.0, deadline_s=18.0)
     for ready in (3, 10, 11, 30):
         put(holder.pool, KEYS[:ready])
-        until(lambda ready=ready: reader.pool.readable_pages(KEYS) == ready)
+        until(partial(readable, reader.pool, ready))
         assert not fetch.done()
     put(holder.pool, KEYS)
     reply = fetch.result(LIMIT_S)

@@ -189,8 +189,11 @@ class Sessions:
 
     def wake_s(self, now: float) -> float:
         """When ``on_time`` has something to do, at the latest."""
+        if self._queue and len(self._active) < self.limits.active:
+            return now
         times = [active.fetch.wake_s for active in self._active]
-        times.extend(end_s for end_s, _ in list(self._grace)[:1])
+        if self._grace:
+            times.append(self._grace[0][0])
         if self._abandoned:
             times.append(now + 0.02)
         return min(times, default=float("inf"))
@@ -283,7 +286,6 @@ class Sessions:
         if fetch.grace_lease is not None:
             self._keep(fetch.grace_lease, now + self._settings.grace_s)
         active.done(reply)
-        self._start_queued(now)
 
     def _keep(self, lease: Lease, until_s: float) -> None:
         grace, limits = self._grace, self.limits

@@ -16,6 +16,7 @@ from ..protocol.control import Message, decode, encode
 MAX_MESSAGE_BYTES = 16 << 20
 _QUEUE_MESSAGES = 1000
 _REQUEST_ID_BYTES = 8
+_RECONNECT_MS = 5_000
 # sockaddr_un holds 108 bytes, the last of which is NUL.
 _MAX_IPC_PATH_BYTES = 107
 
@@ -90,6 +91,8 @@ class Dialer:
         self.socket = context.socket(zmq.DEALER)
         _bound(self.socket)
         self.dropped = 0
+        # A peer that is gone is called ever more rarely until it is forgotten.
+        self.socket.reconnect_ivl_max = _RECONNECT_MS
         try:
             self.socket.connect(address)
         except zmq.ZMQError as error:
