@@ -29,7 +29,7 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def fragile(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """A cluster of its own: the last test of this file leaves half of it dead."""
-    flags = ["--mempool-dram", "64MiB", "--policy", "prefix", "--router-arg=--bypass-tokens=0"]
+    flags = ["--mempool-dram", "16MiB", "--policy", "prefix", "--router-arg=--bypass-tokens=0"]
     with launch_cluster(tiny_model, tmp_path_factory.mktemp("fragile"), flags=flags) as running:
         yield running
 
