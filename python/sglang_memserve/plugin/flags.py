@@ -21,7 +21,7 @@ LINKER_CLASS = "MemPoolLinker"
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
 
-_POOL_BYTES = 2 * 2**30
+_POOL_BYTES = 2**30
 _MIN_POOL_TOKENS = 4096
 _MAX_POOL_TOKENS = 65536
 _UNKNOWN_MODEL_POOL_TOKENS = 16384
@@ -159,7 +159,7 @@ def cpu_defaults(model_path: str) -> list[str]:
 
 
 def suitable_pool_tokens(model_path: str) -> int:
-    """Device-pool slots worth at most 2 GiB or a tenth of this machine's memory."""
+    """Device-pool slots worth at most 1 GiB or a tenth of this machine's memory."""
     budget = min(_POOL_BYTES, psutil.virtual_memory().total // 10)
     per_token = _kv_bytes_per_token(Path(model_path).expanduser() / "config.json")
     if per_token is None:
