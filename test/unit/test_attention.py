@@ -207,17 +207,26 @@ def test_random_layouts() -> None:
         rig.run(decodes, rig.layer(sliding_window_size=window), decode=True)
 
 
-def test_chunks_change_only_rounding() -> None:
-    rig = Rig(heads=(9, 3), dim=64)
-    slots, layer = rig.place(1, 400), rig.layer()
-    query = rig.random(400, 9, 64)
+@pytest.mark.parametrize("length", [35, 100, 513, 777])
+def test_a_cached_prefix_changes_no_bit(length: int) -> None:
+    rig = Rig(heads=(9, 3), dim=64, seed=length)
+    slots, scale = rig.place(1, length), rig.dim**-0.5
+    query = rig.random(length, 9, 64)
     keys, values = rig.pool.keys[slots], rig.pool.values[slots]
-    whole = cpu_kernels.attend_new(query, keys[:0], values[:0], keys, values, layer.scaling)
-    for cut in (1, 16, 200, 384, 399):
-        tail = cpu_kernels.attend_new(
-            query[cut:], keys[:cut], values[:cut], keys[cut:], values[cut:], layer.scaling
-        )
-        assert (tail.float() - whole[cut:].float()).abs().max() < 1e-2
+
+    def chunks(begin: int) -> Any:
+        """Rows from ``begin``, in SGLang's default chunks of 512."""
+        ends = [*range(begin + 512, length, 512), length]
+        parts, masks = [], cpu_kernels.Masks()
+        for start, end in itertools.pairwise([begin, *ends]):
+            part = query[start:end], keys[:end], values[:end]
+            parts.append(cpu_kernels.attend_causal(*part, scale, masks))
+        return torch.cat(parts)
+
+    computed = chunks(0)
+    # Prefixes that leave at most one chunk: what a cache hit usually leaves.
+    for cached in range(max(PAGE, (length - 512) // PAGE * PAGE + PAGE), length, PAGE):
+        assert torch.equal(chunks(cached), computed[cached:]), cached
 
 
 def test_grouping_covers_each_request_once() -> None:

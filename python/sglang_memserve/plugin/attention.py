@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from . import ATTENTION_BACKEND
 from . import cpu_kernels as kernels
-from .cpu_kernels import DecodeGroup, Extend
+from .cpu_kernels import DecodeGroup, Extend, Masks
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -61,6 +61,7 @@ class MemServeCpuAttention(AttentionBackend):
         self._supported_layers: set[int] = set()
         self._slots: list[torch.Tensor] = []
         self._extends: list[tuple[int, int, int]] = []
+        self._masks = Masks()
         self._swa_write_slots: torch.Tensor | None = None
         self._swa_slots: list[torch.Tensor] | None = None
         self._decode_groups: dict[tuple[int | None, bool], list[DecodeGroup]] = {}
@@ -82,6 +83,7 @@ class MemServeCpuAttention(AttentionBackend):
             for request, length in zip(requests, lengths, strict=True)
         ]
         self._extends = []
+        self._masks = Masks()
         if not forward_batch.forward_mode.is_decode_or_idle():
             start = 0
             prefixes, news = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
@@ -182,22 +184,14 @@ class MemServeCpuAttention(AttentionBackend):
                 window=window,
                 softcap=layer.logit_cap,
             )
-        before, own = part.slots[: part.prefix], part.slots[part.prefix :]
         # The new rows' K and V are at hand, unless the cache keeps them in fewer bits: then what
         # is attended to must not depend on which rows were cached.
-        if k is None or v is None or keys.dtype != query.dtype:
-            new_key = kernels.gather(keys, own, query.dtype)
-            new_value = kernels.gather(values, own, query.dtype)
+        if part.prefix == 0 and k is not None and v is not None and keys.dtype == query.dtype:
+            seen_key, seen_value = k[part.start : part.stop], v[part.start : part.stop]
         else:
-            new_key, new_value = k[part.start : part.stop], v[part.start : part.stop]
-        return kernels.attend_new(
-            query,
-            kernels.gather(keys, before, query.dtype),
-            kernels.gather(values, before, query.dtype),
-            new_key,
-            new_value,
-            layer.scaling,
-        )
+            seen_key = kernels.gather(keys, part.slots, query.dtype)
+            seen_value = kernels.gather(values, part.slots, query.dtype)
+        return kernels.attend_causal(query, seen_key, seen_value, layer.scaling, self._masks)
 
     def _write(
         self,
