@@ -163,6 +163,7 @@ def idle_cpu(pipe: Connection, seconds: float) -> dict[str, float]:
 
 
 def measure(blocks: list[int], repeat: int) -> dict[str, Any]:
+    load_before = round(os.getloadavg()[0], 2)
     keys = [PageKey(index.to_bytes(32, "big")) for index in range(max(blocks))]
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe()
@@ -184,6 +185,7 @@ def measure(blocks: list[int], repeat: int) -> dict[str, Any]:
             "cpu": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
+            "load_before": load_before,
             "ucx_tls": os.environ.get("UCX_TLS", "default"),
         },
         "idle": idle,
