@@ -261,8 +261,8 @@ async def router_over(
     for machine in machines:
         await machine.start()
     listed = tuple(StaticInstance(InstanceId(machine.url)) for machine in machines) + extra
-    settings = {"policy": "round-robin", "bypass_tokens": 0, "heartbeat_s": 0.2} | settings
-    config = RouterConfig(instances=listed, **settings)
+    merged: dict[str, Any] = {"policy": "round-robin", "bypass_tokens": 0, "heartbeat_s": 0.2}
+    config = RouterConfig(instances=listed, **(merged | settings))
     listener = listen("127.0.0.1", 0)
     try:
         async with running(config, limits=limits, steps=deadlines) as app:

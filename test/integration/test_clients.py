@@ -10,6 +10,7 @@ import pytest
 import requests
 import sglang as sgl
 from integration.harness import REQUEST_LIMIT_S, RunningCluster, Server
+from openai.types.chat import ChatCompletionMessageParam
 
 pytestmark = pytest.mark.integration
 
@@ -32,7 +33,7 @@ def backend(cluster: RunningCluster) -> sgl.RuntimeEndpoint:
 
 def test_models_and_chat_stream(client: openai.OpenAI) -> None:
     model = client.models.list().data[0].id
-    messages: list[dict[str, str]] = [{"role": "user", "content": PREAMBLE}]
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": PREAMBLE}]
     whole = client.chat.completions.create(
         model=model,
         messages=messages,
@@ -61,7 +62,9 @@ def test_models_and_chat_stream(client: openai.OpenAI) -> None:
 def test_chat_continues(client: openai.OpenAI, cluster: RunningCluster) -> None:
     """The second turn carries the first; the cluster computes only what is new."""
     model = client.models.list().data[0].id
-    messages: list[dict[str, str]] = [{"role": "user", "content": PREAMBLE + "First question?"}]
+    messages: list[ChatCompletionMessageParam] = [
+        {"role": "user", "content": PREAMBLE + "First question?"}
+    ]
     first = client.chat.completions.create(model=model, messages=messages, max_tokens=40)
     messages += [
         {"role": "assistant", "content": first.choices[0].message.content or ""},

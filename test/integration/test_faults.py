@@ -60,20 +60,23 @@ def test_client_that_leaves_is_aborted(fragile: RunningCluster, stream: bool) ->
         "sampling_params": {"max_new_tokens": 3500, "ignore_eos": True},
     }
 
+    running = threading.Event()
+
     def leave() -> None:
-        # A stream is read until its first bytes; a whole answer until its client loses patience.
-        limit = 60 if stream else 3
+        """A stream is left in its middle; a whole answer by losing patience."""
         try:
             with requests.post(
-                f"{fragile.url}/generate", json=body, stream=True, timeout=(5, limit)
+                f"{fragile.url}/generate", json=body, stream=True, timeout=(5, 60 if stream else 3)
             ) as response:
                 next(response.iter_content(1))
+                running.wait(30)
         except requests.Timeout:
             assert not stream
 
     client = threading.Thread(target=leave)
     client.start()
     wait_until(lambda: running_requests(decode) > 0, 30, "the request runs", poll_s=0.02)
+    running.set()
     client.join(60)
     wait_until(lambda: running_requests(decode) == 0, 10, "the request is aborted on decode")
     assert running_requests(fragile.one("prefill")) == 0

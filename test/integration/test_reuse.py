@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import requests
@@ -238,9 +239,8 @@ def test_tree_equals_what_instances_hold(cluster: RunningCluster, prompt: list[i
         nodes = [node for node in tree["nodes"] if server.url in node["holders"]]
         return {int(key) for node in nodes for key in node["keys"]}
 
+    def agree(server: Server) -> bool:
+        return bool(held(server)) and held(server) == known(server)
+
     for server in cluster.instances:
-        wait_until(
-            lambda server=server: bool(held(server)) and held(server) == known(server),
-            15,
-            f"tree agrees with {server.name}",
-        )
+        wait_until(partial(agree, server), 15, f"tree agrees with {server.name}")

@@ -22,11 +22,10 @@ from integration.router_machines import (
     router_over,
     well,
 )
-from sglang_memserve.config import Role
 from sglang_memserve.hashing import namespace_seed, page_keys
 from sglang_memserve.router.config import StaticInstance
 from sglang_memserve.router.dispatch import Limits
-from sglang_memserve.types import InstanceId
+from sglang_memserve.types import InstanceId, Role
 from yarl import URL
 
 PROMPT = list(range(1, 4 * PAGE + 2))  # four full pages and a token

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,6 +77,14 @@ def model_fingerprint(model_path: str, revision: str | None) -> str:
     return "weights:" + digest.hexdigest()[:16]
 
 
+def _keep_to_loopback(host: str) -> None:
+    """UCX listens on every interface unless told otherwise; an instance on loopback must not.
+
+    Read when UCX starts. The operator's own choice wins."""
+    if host == "localhost" or host.startswith("127.") or host == "::1":
+        os.environ.setdefault("UCX_NET_DEVICES", "lo")
+
+
 @dataclass(frozen=True, slots=True)
 class RankNode:
     """``close()`` ends the agent first: nobody may read an arena that is gone."""
@@ -85,6 +94,7 @@ class RankNode:
 
     @classmethod
     def start(cls, config: InstanceConfig, namespace: Namespace) -> RankNode:
+        _keep_to_loopback(config.peer_host)
         limits = config.limits
         pool = MemPool(
             namespace, arena_bytes=config.mempool_dram_bytes, generation=config.generation
