@@ -116,19 +116,20 @@ def attend_causal(
     # A stride of 0 over the group repeats K and V without copying them.
     keys = key.permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1)
     values = value.permute(1, 0, 2).unsqueeze(1).expand(-1, group, -1, -1)
-    if length == new:
-        grouped = query.view(new, kv_heads, group, dim).permute(1, 2, 0, 3)
-        out = flash(grouped, keys, values, scale, causal=True)
-        return out.permute(2, 0, 1, 3).reshape(new, q_heads, dim)
     result = torch.empty_like(query)
-    for start in range(0, new, _MASKED_ROWS):
-        rows = min(_MASKED_ROWS, new - start)
+    # A whole prompt needs no mask, so no tiles to bound it.
+    step = new if length == new else _MASKED_ROWS
+    for start in range(0, new, step):
+        rows = min(step, new - start)
         end = length - new + start + rows
         padded = query.new_zeros(_padded(rows), q_heads, dim)
         padded[:rows] = query[start : start + rows]
         grouped = padded.view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)
-        mask = masks.get(rows, end - rows, query.dtype)
-        out = flash(grouped, keys[:, :, :end], values[:, :, :end], scale, mask=mask)
+        if end == rows:
+            out = flash(grouped, keys[:, :, :end], values[:, :, :end], scale, causal=True)
+        else:
+            mask = masks.get(rows, end - rows, query.dtype)
+            out = flash(grouped, keys[:, :, :end], values[:, :, :end], scale, mask=mask)
         tile = out.permute(2, 0, 1, 3)[:rows]
         result[start : start + rows] = tile.reshape(rows, q_heads, dim)
     return result
