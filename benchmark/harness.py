@@ -1,0 +1,103 @@
+"""What every benchmark shares, and ``python -m benchmark.harness``, which runs them all.
+
+A benchmark prints one JSON object that names the machine and the command, or writes it with
+``--json FILE``. Figures are ratios of interleaved runs; absolute times belong to the machine alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmark" / "results"
+# Clusters are started by the tests' harness: one way to start and to end servers.
+sys.path.insert(0, str(ROOT / "test"))
+
+BENCHMARKS = (
+    ("micro/pool.py", "micro-pool.json"),
+    ("micro/global_tree.py", "micro-global-tree.json"),
+    ("micro/transfer.py", "micro-transfer.json"),
+    ("micro/router_overhead.py", "micro-router-overhead.json"),
+    ("serving/moved_prefix.py", "serving-moved-prefix.json"),
+    ("serving/cost_of_memserve.py", "serving-cost-of-memserve.json"),
+)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on, without naming the machine."""
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "python": platform.python_version(),
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in info.splitlines() if "model name" in line]
+    flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {f} " in info + " "]
+    return f"{names[0] if names else platform.machine()} ({', '.join(flags)})"
+
+
+def spread(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """Median and the extremes."""
+    return {
+        "median": round(statistics.median(samples), digits),
+        "min": round(min(samples), digits),
+        "max": round(max(samples), digits),
+    }
+
+
+def report(name: str, results: Any, started_s: float, file: Path | None) -> None:
+    value = {
+        "benchmark": name,
+        "command": " ".join(["python", *sys.argv]),
+        "machine": machine(),
+        "seconds": round(time.monotonic() - started_s, 1),
+        "results": results,
+    }
+    text = json.dumps(value, indent=2) + "\n"
+    if file is None:
+        print(text, end="")
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmark.harness", description=__doc__)
+    parser.add_argument("--only", default="", metavar="TEXT", help="those whose name contains it")
+    parser.add_argument("--limit-s", type=float, default=900.0, help="for each (default 900)")
+    options = parser.parse_args()
+    failed = []
+    for script, result in BENCHMARKS:
+        if options.only not in script:
+            continue
+        command = [sys.executable, f"benchmark/{script}", "--json", f"benchmark/results/{result}"]
+        print(" ".join(["python", *command[1:]]), flush=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        code = subprocess.run(
+            command, cwd=ROOT, env=environment, timeout=options.limit_s
+        ).returncode
+        failed += [script] if code else []
+    if failed:
+        print("failed: " + ", ".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
