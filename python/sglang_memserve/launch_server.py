@@ -10,10 +10,12 @@ import argparse
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 
 from .config import (
     DEFAULT_DRAM,
@@ -181,6 +183,10 @@ def set_environment(own: argparse.Namespace, engine: flags.EngineFlags) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
+def _exit_on_signal(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
 def run(argv: list[str]) -> int:
     """Serve until told to stop; returns the exit status. Raises ConfigError for bad input."""
     if importlib.util.find_spec("sglang") is None:
@@ -196,6 +202,8 @@ def run(argv: list[str]) -> int:
     if not own.no_mempool:
         flags.refuse_incompatible(rest)
     require_model(engine.model_path)
+    # Before there is anything to clean up; SGLang takes the signal over once it serves.
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     runtime_dir = tempfile.mkdtemp(prefix="memserve-")
     try:
         config = build_config(own, engine, runtime_dir)

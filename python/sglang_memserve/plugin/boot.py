@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import NoReturn, Protocol
 
 from sglang.srt.entrypoints import http_server
@@ -80,11 +79,10 @@ def serve(
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status.
 
-    ``config`` None means no MemPool. ``argv`` is the operator's, for SGLang. Raises ConfigError
-    for flags that SGLang refuses.
+    The caller has turned SIGTERM into SystemExit, so that a signal in start-up ends the children
+    that SGLang has started by then. ``config`` None means no MemPool. ``argv`` is the operator's,
+    for SGLang. Raises ConfigError for flags that SGLang refuses.
     """
-    # Before SGLang starts anything: a signal in start-up must reach the ``finally`` below.
-    signal.signal(signal.SIGTERM, _exit_in_start_up)
     load_plugins()
     try:
         server_args = build_server_args(config, engine, argv)
@@ -109,7 +107,7 @@ def build_server_args(
     """Defaults first, then what the operator said, so that the operator wins."""
     parser = _Parser(prog="sglang serve")
     ServerArgs.add_cli_args(parser)
-    if "--config" in argv:
+    if any(word.split("=", 1)[0] == "--config" for word in argv):
         from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
 
         argv = ConfigArgumentMerger(parser).merge_config_with_args(argv)
@@ -164,10 +162,6 @@ def _warm_up(server_args: ServerArgs) -> bool:
     state = http_server.get_global_state()
     state.tokenizer_manager.server_status = ServerStatus.Up
     return True
-
-
-def _exit_in_start_up(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
 
 
 def _with_bounded_drain(
