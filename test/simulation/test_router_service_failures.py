@@ -15,7 +15,10 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
-from integration.router_machines import (
+from sglang_memserve.router.config import StaticInstance
+from sglang_memserve.router.steps import StepDeadlines
+from sglang_memserve.types import InstanceId, Role
+from simulation.router_machines import (
     PAGE,
     WAIT_S,
     Asked,
@@ -27,9 +30,6 @@ from integration.router_machines import (
     router_over,
     well,
 )
-from sglang_memserve.router.config import StaticInstance
-from sglang_memserve.router.steps import StepDeadlines
-from sglang_memserve.types import InstanceId, Role
 
 PROMPT = list(range(1, 4 * PAGE + 2))
 BODY = {"input_ids": PROMPT}

@@ -10,7 +10,11 @@ from urllib.parse import quote
 
 import orjson
 import pytest
-from integration.router_machines import (
+from sglang_memserve.hashing import namespace_seed, page_keys
+from sglang_memserve.router.config import StaticInstance
+from sglang_memserve.router.dispatch import Limits
+from sglang_memserve.types import InstanceId, Role
+from simulation.router_machines import (
     MODEL,
     PAGE,
     WAIT_S,
@@ -22,10 +26,6 @@ from integration.router_machines import (
     router_over,
     well,
 )
-from sglang_memserve.hashing import namespace_seed, page_keys
-from sglang_memserve.router.config import StaticInstance
-from sglang_memserve.router.dispatch import Limits
-from sglang_memserve.types import InstanceId, Role
 from yarl import URL
 
 PROMPT = list(range(1, 4 * PAGE + 2))  # four full pages and a token

@@ -2,7 +2,7 @@
 
 A ``Machine`` speaks just enough HTTP/1.1 to stand for an instance on the network: it says what it
 is, holds pages as its script says, and answers inference by a handler that may write any bytes,
-stall, or cut the connection. Real engines are tested elsewhere in this folder.
+stall, or cut the connection. Real engines are in ``test/integration``.
 """
 
 from __future__ import annotations
