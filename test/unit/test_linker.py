@@ -199,10 +199,14 @@ def test_known_pages_are_not_copied_again(rig: Rig, monkeypatch: pytest.MonkeyPa
     rig.store(["a", "b"], [5, 6])
 
 
-def test_full_pool_refuses_nothing(rig: Rig) -> None:
-    """More pages than blocks: what fits is stored, the rest is left out, SGLang hears success."""
-    rig.store([f"p{i}" for i in range(12)], list(range(12)))
-    assert len(rig.linker.lookup("r", [transfer([f"p{i}" for i in range(12)])])) == BLOCKS
+def test_full_pool_stores_what_fits(rig: Rig) -> None:
+    """More pages than blocks: the rest is left out, and SGLang hears that it may offer it again."""
+    names = [f"p{i}" for i in range(12)]
+    assert rig.linker.offload([transfer(names, list(range(12)))])
+    assert rig.settle() == [False]
+    assert len(rig.linker.lookup("r", [transfer(names)])) == BLOCKS
+    assert rig.linker.offload([transfer(names[:BLOCKS], list(range(BLOCKS)))])
+    assert rig.settle() == [True]
 
 
 def test_failed_store_publishes_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

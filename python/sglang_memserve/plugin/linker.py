@@ -75,6 +75,7 @@ class _LoadBatch:
 
 @dataclass(slots=True)
 class _Offload:
+    keys: list[PageKey]
     store: PoolStore
     pages: torch.Tensor
     ready: list[Any]
@@ -220,16 +221,21 @@ class MemPoolLinker(UnifiedCacheLinker):
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
         transfer = transfers[0]
         parent, self._offload_parent = self._offload_parent, None
-        store = self._pool.prepare_store(_page_keys(transfer), parent=parent)
+        keys = _page_keys(transfer)
+        store = self._pool.prepare_store(keys, parent=parent)
         if not store.missing:
             # Everything is there already, or no block can be had: nothing to copy.
             store.commit()
-            self._completed.append(True)
+            self._completed.append(self._holds(keys))
             return True
         pages = self._page_ids(transfer)
         wanted = torch.tensor([index for index, _ in store.missing], dtype=torch.int64)
-        self._store_queue.put(_Offload(store, pages[wanted], self._device_events()))
+        self._store_queue.put(_Offload(keys, store, pages[wanted], self._device_events()))
         return True
+
+    def _holds(self, keys: list[PageKey]) -> bool:
+        """Whether SGLang may call these pages stored; else it offers them again when next used."""
+        return self._pool.readable_pages(keys) == len(keys)
 
     def num_completed_offloads(self) -> int:
         return len(self._completed)
@@ -249,7 +255,7 @@ class MemPoolLinker(UnifiedCacheLinker):
                 blocks = [block for _, block in item.store.missing]
                 self._device.gather(self._pool.arena, blocks, item.pages)
                 item.store.commit()
-                landed = True
+                landed = self._holds(item.keys)
             except Exception:
                 log.exception("storing %d pages in MemPool failed", len(item.pages))
                 item.store.abort()
