@@ -41,10 +41,12 @@ class Rig:
             time.sleep(0.001)
         return [self.linker.pop_completed_offload() for _ in range(offloads)]
 
-    def store(self, names: list[str], pages: list[int], parent: str | None = None) -> None:
+    def store(
+        self, names: list[str], pages: list[int], parent: str | None = None, whole: bool = True
+    ) -> None:
         self.linker.set_offload_parent(None if parent is None else key(parent))
         assert self.linker.offload([transfer(names, pages)])
-        assert self.settle() == [True]
+        assert self.settle() == [whole]
 
 
 class Agent:
@@ -149,7 +151,7 @@ def test_a_shorter_load_than_was_claimed(rig: Rig) -> None:
 def test_what_is_claimed_stays(rig: Rig) -> None:
     rig.store([f"a{i}" for i in range(4)], [1, 2, 3, 4])
     rig.linker.lookup("r", [transfer([f"a{i}" for i in range(4)])])
-    rig.store([f"b{i}" for i in range(8)], list(range(8)))
+    rig.store([f"b{i}" for i in range(8)], list(range(8)), whole=False)
     assert len(rig.linker.lookup("r", [transfer([f"a{i}" for i in range(4)])])) == 4
     rig.linker.release_request("r")
     rig.store([f"c{i}" for i in range(8)], list(range(8)))
