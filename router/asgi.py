@@ -13,7 +13,8 @@ from . import headers as header
 from .proxy import Answer
 from .replies import Receive, Reply, Scope, Send, stream_error
 
-TAIL_BYTES = 4
+DONE = b"data: [DONE]\n\n"
+TAIL_BYTES = len(DONE)
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ async def read_json(request: Request, kind: type[T], limit: int) -> T:
     data = await read_body(request.receive, request.scope["headers"], limit)
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"request body: {error}") from error
 
 
@@ -107,6 +108,8 @@ class Client:
                 tail = (
                     (tail + chunk)[-TAIL_BYTES:] if len(chunk) < TAIL_BYTES else chunk[-TAIL_BYTES:]
                 )
+                # Clients hang up when they have read this, before the instance ends the body.
+                self.complete = answer.is_event_stream and tail == DONE
         except PeerError as error:
             if not answer.is_event_stream:
                 raise Broken(str(error)) from error

@@ -44,24 +44,25 @@ class Control:
         return Response(status_code=200)
 
     async def health(self, _: Request) -> Response:
-        """200 when a decode-capable instance may be used now."""
-        able = any(view.role.can_decode for view in self.instances.views({}))
-        return Response(status_code=200 if able else 503)
+        """200 when an instance may be used now."""
+        return Response(status_code=200 if self.instances.views({}) else 503)
 
     async def health_generate(self, _: Request) -> Response:
-        """Asks the instances themselves: 200 when one that can decode generates."""
-        urls = [view.id for view in self.instances.views({}) if view.role.can_decode]
+        """Asks the instances themselves: 200 when one of them generates."""
+        urls = [view.id for view in self.instances.views({})]
         asked = (self._status("GET", f"{url}/health_generate", ASK_S) for url in urls)
         answers = await asyncio.gather(*asked)
         return Response(status_code=200 if 200 in answers else 503)
 
     async def readiness(self, _: Request) -> Response:
+        """``ready`` when requests can be served; ``can_prefill`` and ``can_decode`` say for which
+        role there is an instance. Without one of a role, those of the other take its work."""
         views = self.instances.views({})
         can_prefill = any(view.role.can_prefill for view in views)
         can_decode = any(view.role.can_decode for view in views)
         states, reasons = self.source_states(), self.instances.unavailable()
         body = {
-            "ready": can_decode,
+            "ready": bool(views),
             "can_prefill": can_prefill,
             "can_decode": can_decode,
             "members": [
@@ -75,7 +76,7 @@ class Control:
                 for member in self.instances.members()
             ],
         }
-        return json_response(body, 200 if can_decode else 503)
+        return json_response(body, 200 if views else 503)
 
     async def expose_metrics(self, _: Request) -> Response:
         return Response(self.metrics.expose(), media_type=CONTENT_TYPE.decode())

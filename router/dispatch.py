@@ -30,7 +30,7 @@ from .metrics import Funnel, Metrics
 from .models import ModelNames
 from .placement import Holdings, Keyed, decide, idlest_decode, key_prompts, look_up, opaque
 from .policy.base import Policy, Rotation
-from .prompts import Opaque, Request, Route
+from .prompts import Chat, Opaque, Request, Route, Texts
 from .proxy import Upstream
 from .replies import Receive, Scope, Send
 from .steps import Result, Steps
@@ -40,6 +40,8 @@ from .values import Plan
 logger = logging.getLogger(__name__)
 
 RETRIED_STATUS = 503
+# More than any tokenizer puts into one token on average; runs of spaces come nearest.
+CHARACTERS_PER_TOKEN = 128
 # What a server says when it cannot do its work; a 500 may be about the request.
 FAILED_STATUSES = (502, 503, 504)
 
@@ -176,6 +178,10 @@ class Dispatcher:
         if model is not None and not self._names.known(model):
             await turn.client.reply(replies.unknown_model(model))
             return
+        too_long = self._too_long(turn)
+        if too_long:
+            await turn.client.reply(replies.bad_request(too_long))
+            return
         keyed, reason = await self._key(turn)
         turn.prompt_tokens = keyed.tokens
         self._rotation.advance()
@@ -190,6 +196,7 @@ class Dispatcher:
                     second_chance = False
                     turn.failed.clear()
                     continue
+                turn.verdict = Verdict(turn.client.request_id, reason=str(nobody))
                 await turn.client.reply(
                     replies.unavailable("no instance can serve", nobody.reasons)
                 )
@@ -210,6 +217,24 @@ class Dispatcher:
                 logger.warning("%s %s failed: %s", turn.client.request_id, prepared.target, failure)
         reasons = {**self._instances.unavailable(turn.failed), **turn.errors}
         await turn.client.reply(replies.unavailable(f"every attempt failed: {error}", reasons))
+
+    def _too_long(self, turn: _Turn) -> str:
+        """Why a text cannot fit the model's context whatever its tokens are; else nothing.
+
+        Tokenizing it would take the time of everybody else, here and on the instance."""
+        reference = self._instances.reference()
+        source = turn.request.source
+        if reference is None or not isinstance(source, Texts | Chat):
+            return ""
+        limit = CHARACTERS_PER_TOKEN * reference.context_length
+        lengths = [len(text) for text in source.texts] if isinstance(source, Texts) else []
+        length = max(lengths, default=len(turn.data))
+        if length <= limit:
+            return ""
+        return (
+            f"The input ({length} characters) is longer than the model's context length "
+            f"({reference.context_length} tokens)."
+        )
 
     async def _key(self, turn: _Turn) -> tuple[Keyed, str]:
         """The prompts' page keys, or why the tree cannot help."""
@@ -321,8 +346,7 @@ class Dispatcher:
         self._costs.observe_prefill(prepared.target, new, turn.prompt_tokens - new, seconds)
 
     def _others(self, turn: _Turn, target: InstanceId) -> bool:
-        views = self._instances.views({}, {*turn.failed, target})
-        return any(view.role.can_decode for view in views)
+        return bool(self._instances.views({}, {*turn.failed, target}))
 
     # -- counting --
 

@@ -7,7 +7,7 @@ overlap, and an overlap is computed, moved and stored once, so it is counted onc
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sglang_memserve.errors import NoInstance
 from sglang_memserve.hashing import namespace_seed, page_keys, short_key
@@ -15,7 +15,7 @@ from sglang_memserve.types import InstanceId, PageKey, ShortKey, Tier
 
 from .global_tree import GlobalTree
 from .instances import Instances
-from .policy.base import Policy
+from .policy.base import Policy, decode_candidates
 from .values import InstanceView, Match, Plan, Prompt
 
 _NOTHING = Match(0)
@@ -120,9 +120,12 @@ def decide(
     """The policy's plan, and the views it was made from. Raises NoInstance with every reason."""
     views = instances.views(holdings.whole, exclude)
     try:
-        return policy.decide(prompt_of(keyed, session), views), views
+        plan = policy.decide(prompt_of(keyed, session), views)
     except NoInstance as error:
         raise error.including(instances.unavailable(exclude)) from error
+    if not any(view.id == plan.decode and view.role.can_decode for view in views):
+        plan = replace(plan, reason=f"{plan.reason}; no decode instance can serve")
+    return plan, views
 
 
 def idlest_decode(
@@ -130,10 +133,10 @@ def idlest_decode(
 ) -> InstanceId:
     """Where a request goes whose prompt is unknown. Raises NoInstance with every reason."""
     views = instances.views({}, exclude)
-    able = [view for view in views if view.role.can_decode]
-    if not able:
-        roles = {str(view.id): f"role {view.role.value} never decodes" for view in views}
-        raise NoInstance(roles).including(instances.unavailable(exclude))
+    try:
+        able = decode_candidates(views)
+    except NoInstance as error:
+        raise error.including(instances.unavailable(exclude)) from error
     least = min(_load(view) for view in able)
     idlest = [view.id for view in able if _load(view) == least]
     return idlest[turn % len(idlest)]

@@ -96,9 +96,11 @@ def decode_body(data: bytes) -> Body:
 
 
 def read_request(route: Route, body: Body) -> Request:
+    """Raises ProtocolError for a body that SGLang could not read either."""
     source, batched = _source(route, body)
     source = _usable(route, body, source)
     count = _count(source)
+    _require_shapes(route, body, batched)
     namespaces = _namespaces(body, count, batched)
     if namespaces is None:
         source, namespaces = Opaque("malformed namespace"), ()
@@ -119,6 +121,18 @@ def read_request(route: Route, body: Body) -> Request:
         prefill_only=_prefill_only(route, body),
         session=session if isinstance(session, str) and session else None,
     )
+
+
+def _require_shapes(route: Route, body: Body, batched: bool) -> None:
+    """Raises ProtocolError where SGLang would answer 500 instead of 400."""
+    rid = body.get("rid")
+    if rid is not None and not isinstance(rid, str) and not (batched and _list_of(rid, str)):
+        raise ProtocolError("rid must be a string, or for a list of prompts a list of strings")
+    params = body.get("sampling_params")
+    if route is not Route.GENERATE or params is None or isinstance(params, dict):
+        return
+    if not (isinstance(params, list) and params and all(isinstance(p, dict) for p in params)):
+        raise ProtocolError("sampling_params must be an object or a list of objects")
 
 
 def with_rid(data: bytes, rid: str) -> bytes:

@@ -44,7 +44,7 @@ class StepDeadlines:
     fetch_s: float = 10.0
     prefill_s: float = 300.0
     late_factor: float = 5.0
-    least_prefill_s: float = 20.0
+    least_prefill_s: float = 5.0
     grace_s: float = 10.0
     least_grace_s: float = 0.5
 

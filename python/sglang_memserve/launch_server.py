@@ -106,7 +106,11 @@ def require_model(model_path: str) -> None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model folder {model_path} has no config.json")
         return
-    if folder.is_file() or model_path.startswith(_REMOTE_SCHEMES):
+    if model_path.startswith(_REMOTE_SCHEMES):
+        return
+    if folder.is_file():
+        if folder.suffix != ".gguf":
+            raise ConfigError(f"{model_path} is a file: expected a model folder or a .gguf file")
         return
     if model_path.startswith(("/", ".", "~")) or model_path.count("/") != 1:
         raise ConfigError(f"model folder {model_path} does not exist")
@@ -169,7 +173,9 @@ def build_config(
         generation=new_generation(),
         peer_host=peer_host,
         runtime_dir=runtime_dir,
-        mempool_dram_bytes=parse_dram(own.mempool_dram),
+        mempool_dram_bytes=flags.require_blocks(
+            parse_dram(own.mempool_dram), own.mempool_dram, engine
+        ),
         router_urls=tuple(parse_url(router) for router in own.router_url),
     )
 

@@ -57,11 +57,14 @@ def uncached_tokens(prompt: Prompt, view: InstanceView) -> int:
 
 
 def decode_candidates(views: Sequence[InstanceView]) -> list[InstanceView]:
-    """Those whose role lets them decode. Raises NoInstance."""
-    able = [view for view in views if view.role.can_decode]
-    if not able:
-        raise NoInstance({view.id: f"role {view.role.value} never decodes" for view in views})
-    return able
+    """Those whose role lets them decode; when there are none, everybody.
+
+    A role steers routing, and every instance is a whole engine: a cluster that lost its decode
+    instances answers from the others. Raises NoInstance without any view.
+    """
+    if not views:
+        raise NoInstance({})
+    return [view for view in views if view.role.can_decode] or list(views)
 
 
 def load_of(view: InstanceView) -> tuple[int, int]:

@@ -125,6 +125,30 @@ def test_malformed_generate_is_the_clients_fault(
     assert isinstance(ours.json(), dict)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"text": ""},
+        {"input_ids": []},
+        {"input_ids": [99_999_999]},
+        {"input_ids": [-1]},
+        {"text": "some words", "return_logprob": True, "logprob_start_len": -5},
+        {"text": "some words", "sampling_params": []},
+        {"text": "some words", "rid": []},
+    ],
+    ids=["no text", "no ids", "huge id", "negative id", "negative start", "params", "rid"],
+)
+def test_hostile_generate_is_400_and_harms_nobody(
+    cluster: RunningCluster, body: dict[str, object]
+) -> None:
+    for url in (cluster.url, cluster.one("decode").url):
+        if url != cluster.url and ("rid" in body or "sampling_params" in body):
+            continue  # SGLang's own answer there is a 500, and harms nobody
+        answer = requests.post(f"{url}/generate", json=body, timeout=30)
+        assert answer.status_code == 400, f"{url}: {answer.text}"
+    assert requests.post(f"{cluster.url}/generate", json={"text": "fine"}, timeout=60).ok
+
+
 def test_regex_is_honoured(cluster: RunningCluster) -> None:
     body = {
         "text": PREAMBLE + "A year:",

@@ -51,7 +51,7 @@ def is_sound(plan: Plan, prompt: Prompt, views: list[InstanceView]) -> None:
     by_id = {view.id: view for view in views}
     full = (prompt.tokens - 1) // PAGE
     decode = by_id[plan.decode]
-    assert decode.role.can_decode
+    assert decode.role.can_decode or not any(view.role.can_decode for view in views)
     assert plan.reason and "\n" not in plan.reason
     if plan.prefill is None:
         assert plan.prefill_source is None
@@ -77,10 +77,9 @@ def test_plans_are_sound_and_deciding_changes_nothing(
     rotation, costs = Rotation(turn), CostModel()
     policy = make_policy(name, rotation, costs, bypass)
     before = copy.deepcopy(views)
-    if not any(view.role.can_decode for view in views):
-        with pytest.raises(NoInstance) as raised:
+    if not views:
+        with pytest.raises(NoInstance):
             policy.decide(prompt, views)
-        assert set(raised.value.reasons) == {view.id for view in views}
         return
     plan = policy.decide(prompt, views)
     is_sound(plan, prompt, views)
@@ -95,7 +94,7 @@ def test_names_do_not_matter(
     name: str, prompt: Prompt, views: list[InstanceView], bypass: int | None, turn: int
 ) -> None:
     assume(name != "session" or prompt.session is None)
-    assume(any(view.role.can_decode for view in views))
+    assume(views)
     policy = make_policy(name, Rotation(turn), CostModel(), bypass)
     other = {view.id: InstanceId(f"http://z{index}:9") for index, view in enumerate(views[::-1])}
     plan = policy.decide(prompt, views)

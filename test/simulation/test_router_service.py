@@ -268,19 +268,58 @@ def test_too_many_requests_at_once() -> None:
 
 def test_nobody_to_serve_says_why() -> None:
     async def scenario() -> None:
-        p = Machine(Role.PREFILL)
         gone = StaticInstance(InstanceId("http://127.0.0.1:9"))
-        async with router_over(p, extra=(gone,)) as router:
+        async with router_over(extra=(gone,)) as router:
             response = await router.post("/generate", {"input_ids": PROMPT})
             assert response.status == 503
             reasons = {one["url"]: one["reason"] for one in (await response.json())["instances"]}
-            assert "never decodes" in reasons[p.url]
             assert reasons["http://127.0.0.1:9"].startswith("starting")
             assert (await router.get("/health")).status == 503
+            assert (await router.get("/readiness")).status == 503
+
+    go(scenario())
+
+
+def test_without_a_decode_instance_the_others_serve() -> None:
+    async def scenario() -> None:
+        p = Machine(Role.PREFILL)
+        async with router_over(p) as router:
+            response = await router.post("/generate", {"input_ids": PROMPT})
+            assert response.status == 200
+            assert response.headers["x-memserve-decode"] == p.url
+            assert "no decode instance" in response.headers["x-memserve-reason"]
+            assert (await router.get("/health")).status == 200
             ready = await (await router.get("/readiness")).json()
-            assert (ready["can_prefill"], ready["can_decode"]) == (True, False)
-            # What describes the model, any instance may say.
-            assert (await router.get("/v1/models")).status == 200
+            assert (ready["ready"], ready["can_prefill"], ready["can_decode"]) == (
+                True,
+                True,
+                False,
+            )
+
+    go(scenario())
+
+
+def test_a_text_that_cannot_fit_is_refused_at_once() -> None:
+    async def scenario() -> None:
+        d = Machine(Role.DECODE)
+        async with router_over(d) as router:
+            response = await router.post("/generate", {"text": "a" * 20_000_000})
+            assert response.status == 400
+            assert "context length" in await response.text()
+            assert not [asked for asked in d.asked if asked.path == "/generate"]
+
+    go(scenario())
+
+
+def test_deep_nesting_is_the_senders_fault() -> None:
+    async def scenario() -> None:
+        d = Machine(Role.DECODE)
+        async with router_over(d) as router:
+            nested = b'{"text":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+            for path in ("/generate", "/memserve/register", "/memserve/heartbeat"):
+                url = f"{router.url}{path}"
+                async with router.http.post(url, data=nested) as response:
+                    assert response.status == 400, path
 
     go(scenario())
 

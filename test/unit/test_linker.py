@@ -107,7 +107,7 @@ def rig(
     agent: Any = Agent()
     node = RankNode(pool, agent)
     monkeypatch.setattr(linker, "describe_device_pool", lambda *_: SPACE)
-    monkeypatch.setattr(linker.RankNode, "start", lambda *_: node)
+    monkeypatch.setattr(RankNode, "start", lambda *_: node)
     kv = make_kv()
     made = make_linker(kv, {ComponentType.FULL})
     yield Rig(made, pool, kv, clock)

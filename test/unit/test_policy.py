@@ -41,9 +41,14 @@ def test_a_short_rest_goes_straight_to_decode(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_prefill_instance_alone_serves_nobody(name: str) -> None:
-    with pytest.raises(NoInstance, match="http://p:1: role prefill never decodes"):
-        decide(name, LONG, P)
+def test_a_prefill_instance_alone_does_everything(name: str) -> None:
+    """A role steers routing; it is no reason to refuse a request."""
+    plan = decide(name, LONG, P)
+    assert (plan.prefill, plan.decode, plan.decode_source) == (None, P.id, None)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_nobody_serves_nobody(name: str) -> None:
     with pytest.raises(NoInstance, match="none is known"):
         decide(name, LONG)
 

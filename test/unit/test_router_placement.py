@@ -102,13 +102,13 @@ def test_a_plan_is_made_from_what_is_held() -> None:
     assert [view.match.pages for view in views] == [9, 0]
 
 
-def test_nobody_to_decode_is_explained_for_everybody() -> None:
+def test_nobody_to_serve_is_explained_for_everybody() -> None:
     instances = instances_of("prefill", "decode")
     for attempt in (
-        lambda: idlest_decode(instances, {B}),
+        lambda: idlest_decode(instances, {A, B}),
         lambda: decide(
             instances, RoundRobin(Rotation(), 0), keyed_of([1, 2]), NOTHING,
-            None, {B},
+            None, {A, B},
         ),
     ):  # fmt: skip
         try:
@@ -116,7 +116,7 @@ def test_nobody_to_decode_is_explained_for_everybody() -> None:
         except NoInstance as error:
             assert set(error.reasons) == {A, B}
         else:
-            raise AssertionError("somebody decodes")
+            raise AssertionError("somebody serves")
 
 
 def test_cached_means_computed_by_nobody() -> None:

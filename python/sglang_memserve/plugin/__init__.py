@@ -9,6 +9,7 @@
 ``warmup``      the first requests, before anybody else's
 ``linker``      MemPool behind the unified cache (one a rank)
 ``agent``       registration and heartbeats (one an instance)
+``validation``  requests that would end a scheduler, refused
 ``routes``      ``/memserve/*`` on SGLang's own app
 
 SGLang calls the two functions below in every process it starts, with or without MemServe, so this

@@ -28,7 +28,7 @@ from sglang.srt.utils import kill_process_tree
 
 from ..config import InstanceConfig
 from ..errors import ConfigError
-from . import PLATFORM_NAME, activate_platform, flags
+from . import PLATFORM_NAME, activate_platform, flags, validation
 from .warmup import Outcome, warm_up
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,8 @@ def serve(
     try:
         server_args = build_server_args(config, engine, argv)
         mounted = _mount(config, server_args)
+        if config is not None:
+            validation.register()
         http_server.launch_server(
             server_args,
             init_tokenizer_manager_func=_with_bounded_drain(mounted, drain_s),

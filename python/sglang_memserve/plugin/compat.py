@@ -65,6 +65,7 @@ SYMBOLS = (
 
 METHODS = (
     "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler",
+    "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
     "sglang.srt.managers.tokenizer_manager.TokenizerManager.sigterm_watchdog",
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_key_buffer",
     "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool.get_value_buffer",

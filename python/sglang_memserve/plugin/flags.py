@@ -56,6 +56,7 @@ class EngineFlags:
     port: int
     device: str | None
     tp_size: int
+    page_size: int = 16
 
     @property
     def url_host(self) -> str:
@@ -77,7 +78,9 @@ def read_engine_flags(argv: list[str]) -> EngineFlags:
         raise ConfigError("--model-path is required: a model folder or a hub id")
     if not 0 < known.port < 65536:
         raise ConfigError(f"--port {known.port} is not a port")
-    return EngineFlags(known.model_path, known.host, known.port, known.device, known.tp_size)
+    return EngineFlags(
+        known.model_path, known.host, known.port, known.device, known.tp_size, known.page_size
+    )
 
 
 def _read_known(argv: list[str]) -> argparse.Namespace:
@@ -90,6 +93,7 @@ def _read_known(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data-parallel-size", "--dp-size", "--dp", dest="dp_size", type=int)
     parser.add_argument("--pipeline-parallel-size", "--pp-size", dest="pp_size", type=int)
     parser.add_argument("--nnodes", type=int)
+    parser.add_argument("--page-size", type=int, default=16)
     parser.add_argument("--tokenizer-worker-num", type=int)
     parser.add_argument("--disaggregation-mode", default="null")
     parser.set_defaults(tp_size=1, dp_size=1, pp_size=1, nnodes=1, tokenizer_worker_num=1)
@@ -166,6 +170,19 @@ def suitable_pool_tokens(model_path: str) -> int:
         return _UNKNOWN_MODEL_POOL_TOKENS
     tokens: int = max(_MIN_POOL_TOKENS, min(_MAX_POOL_TOKENS, budget // per_token))
     return tokens // 16 * 16
+
+
+def require_blocks(dram_bytes: int, said: str, engine: EngineFlags) -> int:
+    """``dram_bytes``. Raises ConfigError when not one page fits, where the model's config tells:
+    the pool itself would notice only when the model is loaded."""
+    per_token = _kv_bytes_per_token(Path(engine.model_path).expanduser() / "config.json")
+    page_bytes = (per_token or 0) * engine.page_size // max(1, engine.tp_size)
+    if dram_bytes < page_bytes:
+        raise ConfigError(
+            f"--mempool-dram {said} holds no page: one page of this model takes "
+            f"{page_bytes} bytes on each rank"
+        )
+    return dram_bytes
 
 
 def _kv_bytes_per_token(config_file: Path) -> int | None:

@@ -126,7 +126,7 @@ def _routes(agent: InstanceAgent) -> APIRouter:
         try:
             body = msgspec.json.decode(await request.body(), type=FetchBody)
             result = await agent.fetch(body)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             return _error(ProtocolError(str(error)))
         except MemServeError as error:
             return _error(error)
@@ -140,7 +140,7 @@ def _routes(agent: InstanceAgent) -> APIRouter:
             wanted = msgspec.json.decode(await request.body(), type=dict[str, str]).get("role", "")
             agent.set_role(Role(wanted))
             return _json(await agent.info())
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             return _error(ProtocolError(str(error)))
         except ValueError:
             roles = ", ".join(role.value for role in Role)
