@@ -123,9 +123,9 @@ def test_uv_is_told_the_registry_that_pip_uses(
     monkeypatch: pytest.MonkeyPatch, checkout: Path
 ) -> None:
     monkeypatch.delenv("UV_DEFAULT_INDEX", raising=False)
-    monkeypatch.setenv("PIP_INDEX_URL", "https://registry.example/simple")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://packages.example/simple")
     made = setup.Setup(checkout, sys.executable)
-    assert made.environment()["UV_DEFAULT_INDEX"] == "https://registry.example/simple"
+    assert made.environment()["UV_DEFAULT_INDEX"] == "https://packages.example/simple"
     monkeypatch.setenv("UV_DEFAULT_INDEX", "https://own.example/simple")
     assert made.environment()["UV_DEFAULT_INDEX"] == "https://own.example/simple"
 
