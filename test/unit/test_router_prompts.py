@@ -150,7 +150,11 @@ fields = st.sampled_from(FIELDS.split())
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(Route), st.dictionaries(fields, json_values))
 def test_no_body_is_too_strange_to_read(route: Route, body: dict[str, Any]) -> None:
-    request = prompts.read_request(route, body)
+    """It is read, or refused with the one error that becomes a 400."""
+    try:
+        request = prompts.read_request(route, body)
+    except ProtocolError:
+        return
     if not isinstance(request.source, Opaque):
         assert len(request.namespaces) >= 1
 
