@@ -102,7 +102,13 @@ def test_p_dying_halfway_is_not_waited_for() -> None:
 @pytest.mark.parametrize("handler", [cut, fail, lie, garbage], ids=lambda h: h.__name__)
 def test_a_fetch_that_fails_frees_p_and_d_computes(handler: Handler) -> None:
     async def scenario() -> None:
-        p, d = Machine(Role.PREFILL, hang), Machine(Role.DECODE, fetch=handler)
+        p = Machine(Role.PREFILL, hang)
+
+        async def once_p_computes(asked: Asked, line: Line) -> None:
+            await p.wait_for("/generate")
+            await handler(asked, line)
+
+        d = Machine(Role.DECODE, fetch=once_p_computes)
         patient = StepDeadlines(fetch_s=50, prefill_s=50, grace_s=50, least_grace_s=50)
         async with router_over(p, d, deadlines=patient) as router:
             headers = await served_by(router, d)
