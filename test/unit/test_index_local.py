@@ -193,6 +193,51 @@ def test_touching_leaves_no_garbage(forest: Forest) -> None:
     assert len(forest.index._leaves) <= 3
 
 
+def test_pages_of_given_blocks_go_but_not_pinned_ones_nor_what_hangs_under_them(
+    forest: Forest,
+) -> None:
+    forest.add("abcd")
+    forest.pin("c")
+    removed = forest.index.evict_blocks(forest.blocks("bcz"))
+    forest.index.check()
+    assert (removed.keys, removed.blocks) == ([key("b")], forest.blocks("b"))
+    assert forest.index.pages()[0] == [key(name) for name in "acd"]
+    forest.unpin("c")
+    assert forest.evict(9) == "dca"
+
+
+def test_a_page_moves_to_another_block_with_all_that_is_known_of_it(forest: Forest) -> None:
+    forest.add("abc")
+    forest.add("de")
+    for source, target in ("ax", "cy"):
+        forest.index.relocate(forest.blocks(source)[0], forest.blocks(target)[0])
+        forest.index.check()
+    assert forest.index.match([key(name) for name in "abc"]) == forest.blocks("xby")
+    assert forest.evict(9) == "cbaed"
+    assert forest.index.pages() == ([], [])
+
+
+def test_only_a_resident_page_without_pins_moves_and_only_where_nothing_is(forest: Forest) -> None:
+    forest.add("ab")
+    forest.pin("a")
+    for source, target in ("az", "ba", "yz"):
+        with pytest.raises(AssertionError):
+            forest.index.relocate(forest.blocks(source)[0], forest.blocks(target)[0])
+        forest.index.check()
+
+
+def test_more_blocks_may_come() -> None:
+    index = LocalIndex(1)
+    index.insert([key("a")], [BlockId(0)], [None])
+    index.grow(3)
+    index.check()
+    assert index.capacity == 3
+    index.insert([key("b"), key("c")], [BlockId(1), BlockId(2)], [key("a"), key("b")])
+    index.check()
+    assert index.match([key(name) for name in "abc"]) == [0, 1, 2]
+    assert index.evict(9).blocks == [2, 1, 0]
+
+
 def test_heap_forgets_what_is_not_evictable_until_it_is_offered_again() -> None:
     heap = LeafHeap(4)
     stamps = [5, 3, 9, 1]

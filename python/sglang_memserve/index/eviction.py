@@ -53,6 +53,10 @@ class LeafHeap:
             return block
         return None
 
+    def grow(self, capacity: int) -> None:
+        assert len(self._listed) <= capacity <= _BLOCK_MASK, capacity
+        self._listed += bytes(capacity - len(self._listed))
+
     def clear(self) -> None:
         self._entries.clear()
         self._listed = bytearray(len(self._listed))

@@ -71,6 +71,21 @@ class LocalIndex:
     def orphan_blocks(self) -> int:
         return len(self._orphans)
 
+    @property
+    def capacity(self) -> int:
+        return len(self._key)
+
+    def grow(self, capacity: int) -> None:
+        """Blocks up to ``capacity`` - 1 may hold pages from now on."""
+        more = capacity - len(self._key)
+        assert more >= 0, (capacity, len(self._key))
+        self._key += [None] * more
+        self._parent += [None] * more
+        self._children += [0] * more
+        self._pins += [0] * more
+        self._stamp.frombytes(bytes(8 * more))
+        self._leaves.grow(capacity)
+
     # -- find --
 
     def leading(self, keys: Iterable[PageKey]) -> int:
@@ -198,6 +213,34 @@ class LocalIndex:
             keys.append(self._unlink(BlockId(block)))
             blocks.append(BlockId(block))
         return Removed(keys, blocks)
+
+    def evict_blocks(self, blocks: Iterable[BlockId]) -> Removed:
+        """Remove the pages of those of ``blocks`` that hold one and are not pinned, leaf or not;
+        whatever hangs under them stays."""
+        keys: list[PageKey] = []
+        freed: list[BlockId] = []
+        for block in blocks:
+            if self._key[block] is not None and not self._pins[block]:
+                keys.append(self._unlink(block))
+                freed.append(block)
+        return Removed(keys, freed)
+
+    def relocate(self, source: BlockId, target: BlockId) -> None:
+        """The page of ``source`` lies in ``target`` from now on, as recent as it was.
+
+        ``source`` must be resident and not pinned, ``target`` not in use: a reader holds block
+        numbers for as long as it has them pinned.
+        """
+        key = self._key[source]
+        assert key is not None and not self._pins[source], f"block {source} is not free to move"
+        assert self._key[target] is None and not self._pins[target], f"block {target} is in use"
+        self._block_of[key] = target
+        for column in (self._key, self._parent):
+            column[target], column[source] = column[source], None
+        self._children[target], self._children[source] = self._children[source], 0
+        self._stamp[target] = self._stamp[source]
+        if not self._children[target]:
+            self._leaves.offer(target, self._stamp[target])
 
     def remove(self, keys: Iterable[PageKey]) -> Removed:
         """Remove those of ``keys`` that are resident, whatever hangs under them stays."""
