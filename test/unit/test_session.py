@@ -20,6 +20,7 @@ from sglang_memserve.protocol.control import (
     ReleaseRequest,
 )
 from sglang_memserve.transfer.loopback import LoopbackTransport
+from sglang_memserve.transfer.peers import PeerLimits
 from sglang_memserve.transfer.session import SessionLimits, Sessions
 from sglang_memserve.transfer.state import FetchSettings
 from sglang_memserve.types import Namespace, PageKey
@@ -27,7 +28,7 @@ from sglang_memserve.types import Namespace, PageKey
 NAMESPACE = Namespace("m", "1", "float16", 4, 1, 1, 8, 8, 0, 1)
 KEYS = [PageKey(bytes([index + 1]) * 32) for index in range(8)]
 HELLO = Hello(1, "reader", "reader", NAMESPACE)
-LIMITS = SessionLimits(active=2, queued=2, peers=2, peer_idle_s=10.0, grace_leases=3)
+LIMITS = SessionLimits(active=2, queued=2, peers=PeerLimits(2, 10.0), grace_leases=3)
 
 
 class FakeLink:

@@ -7,7 +7,8 @@
 ``nixl``      transport over NIXL
 ``faulty``    a transport that fails on purpose
 ``serve``     the holder's side: leases granted to others, requests that wait
-``session``   the reader's side: the fetches of a rank, its peers, reads that were given up
+``peers``     whom a rank can talk to and read from
+``session``   the reader's side: the fetches of a rank, reads that were given up
 ``sockets``   the ZMQ sockets of a rank, as messages in and out
 ``loop``      what the agent's thread does, turn by turn
 ``agent``     the thread of a rank that owns all of it

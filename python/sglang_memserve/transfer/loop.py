@@ -327,7 +327,7 @@ class AgentLoop:
 
 
 class _PeerLink:
-    """``session.Link`` over a dialer of the loop."""
+    """``peers.Link`` over a dialer of the loop."""
 
     def __init__(self, loop: AgentLoop, address: str, dialer: Dialer) -> None:
         self._loop = loop

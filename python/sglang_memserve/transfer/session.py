@@ -1,4 +1,4 @@
-"""The reader's side of a rank: its fetches, the peers they read from, the reads that were given up.
+"""The reader's side of a rank: its fetches, and the reads that were given up.
 
 Belongs to the agent's thread. ``Fetch`` decides; this file sends, reads and keeps count.
 """
@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from ..errors import LimitExceeded, ProtocolError, TransferFailed
-from ..protocol import handshake
 from ..protocol.control import (
     FetchReply,
     FetchRequest,
@@ -22,15 +20,8 @@ from ..protocol.control import (
     ReleaseRequest,
 )
 from .base import Lease, Pool, ReadState, Store, Transport
+from .peers import Link, Peer, PeerLimits, PeerTable
 from .state import Fetch, FetchSettings, Greeting, Outcome
-
-
-class Link(Protocol):
-    """A connection to one peer's control socket. Sending never waits; a full queue drops."""
-
-    def send(self, request_id: int, message: Message) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +38,7 @@ class SessionLimits:
     deadline_s: float = 120.0
     grace_leases: int = 64
     grace_share: float = 0.25
-    peers: int = 256
-    peer_idle_s: float = 60.0
-
-
-@dataclass(slots=True)
-class Peer:
-    """``connected`` is what our transport knows; ``greeting`` what fetches may rely on."""
-
-    address: str
-    link: Link
-    used_s: float
-    greeting: Greeting | None = None
-    connected: Greeting | None = None
+    peers: PeerLimits = field(default_factory=PeerLimits)
 
 
 @dataclass(slots=True)
@@ -112,13 +91,11 @@ class Sessions:
         self._pool = pool
         self._transport = transport
         self._hello = hello
-        self._open_link = open_link
         self._settings = settings
-        self._peers: dict[str, Peer] = {}
+        self._peers = PeerTable(transport, hello, open_link, limits.peers, in_use=self._in_use)
         self._active: list[_Active] = []
         self._queue: deque[_Queued] = deque()
         self._requests: dict[int, _Active] = {}
-        self._next_request = 1
         self._reads: dict[int, _Active] = {}
         self._abandoned: dict[int, _Abandoned] = {}
         self._grace: deque[tuple[float, Lease]] = deque()
@@ -155,7 +132,7 @@ class Sessions:
         elif isinstance(message, LeaseReply) and message.lease_id and peer.connected is not None:
             # Its fetch is over: nobody else will end this lease.
             release = ReleaseRequest(peer.connected.generation, message.lease_id)
-            peer.link.send(self._new_request(), release)
+            self._peers.send(peer, release)
 
     def on_pages_readable(self, now: float) -> None:
         for active in list(self._active):
@@ -184,7 +161,7 @@ class Sessions:
                 abandoned.store.abort()
         while self._grace and self._grace[0][0] <= now:
             self._grace.popleft()[1].release()
-        self._forget_idle_peers(now)
+        self._peers.on_time(now)
         self._start_queued(now)
 
     def wake_s(self, now: float) -> float:
@@ -209,9 +186,7 @@ class Sessions:
         for _, lease in self._grace:
             lease.release()
         self._grace.clear()
-        for peer in self._peers.values():
-            peer.link.close()
-        self._peers.clear()
+        self._peers.close()
 
     def after_close(self) -> None:
         """The transport is closed: no read runs any more."""
@@ -232,13 +207,13 @@ class Sessions:
             "fetches_active": len(self._active),
             "fetches_queued": len(self._queue),
             "quarantined_blocks": sum(len(a.store.missing) for a in self._abandoned.values()),
-            "peers": len(self._peers),
+            **self._peers.stats(),
         }
 
     def check(self) -> None:
         assert len(self._active) <= self.limits.active
         assert len(self._queue) <= self.limits.queued
-        assert len(self._peers) <= self.limits.peers
+        self._peers.check()
         assert not self._reads.keys() & self._abandoned.keys()
         assert all(active in self._active for active in self._reads.values())
         assert all(active in self._active for active in self._requests.values())
@@ -248,7 +223,7 @@ class Sessions:
 
     def _start(self, queued: _Queued, now: float) -> None:
         try:
-            peer = self._peer(queued.request.peer_address, now)
+            peer = self._peers.obtain(queued.request.peer_address, now)
         except LimitExceeded:
             queued.done(_not_started(queued, Outcome.LIMIT, now))
             return
@@ -311,37 +286,13 @@ class Sessions:
 
     # -- peers --
 
-    def _peer(self, address: str, now: float) -> Peer:
-        peer = self._peers.get(address)
-        if peer is None:
-            if len(self._peers) >= self.limits.peers:
-                self._forget_idle_peers(now, idle_s=0.0)
-            if len(self._peers) >= self.limits.peers:
-                raise LimitExceeded(f"{len(self._peers)} peers are in use")
-            peer = Peer(address, self._open_link(address), now)
-            self._peers[address] = peer
-        peer.used_s = now
-        return peer
-
-    def _forget_idle_peers(self, now: float, idle_s: float | None = None) -> None:
-        limit_s = self.limits.peer_idle_s if idle_s is None else idle_s
-        for peer in [p for p in self._peers.values() if now - p.used_s >= limit_s]:
-            busy = any(active.peer is peer for active in self._active)
-            if busy or self.stalled(peer):
-                continue
-            peer.link.close()
-            if peer.connected is not None:
-                self._transport.disconnect(peer.connected.transport_name)
-            del self._peers[peer.address]
+    def _in_use(self, peer: Peer) -> bool:
+        return self.stalled(peer) or any(active.peer is peer for active in self._active)
 
     def stalled(self, peer: Peer) -> bool:
         """Whether a read from it was given up and has not ended. Nothing more is read from such a
         peer, which bounds the blocks that are out of use."""
         return any(abandoned.peer is peer for abandoned in self._abandoned.values())
-
-    def _new_request(self) -> int:
-        self._next_request += 1
-        return self._next_request
 
 
 class _FetchPort:
@@ -354,38 +305,23 @@ class _FetchPort:
 
     def send(self, message: Message) -> int:
         assert self.active is not None
-        request_id = self._sessions._new_request()
+        request_id = self._sessions._peers.send(self._peer, message)
         # Kept after the answer, so that a second one still finds its fetch.
         self._sessions._requests[request_id] = self.active
         self.active.requests.append(request_id)
-        self._peer.link.send(request_id, message)
         return request_id
 
     def greeting(self) -> Greeting | None:
         return self._peer.greeting
 
     def greet(self, reply: HelloReply) -> Greeting:
-        sessions, peer = self._sessions, self._peer
-        handshake.require_same_version(reply.version)
-        handshake.require_same_namespace(sessions._hello.namespace, reply.namespace)
-        if peer.connected is None or peer.connected.generation != reply.generation:
-            if peer.connected is not None:
-                sessions._transport.disconnect(peer.connected.transport_name)
-                peer.connected = None
-            name = sessions._transport.connect(reply.transport_metadata)
-            peer.connected = Greeting(reply.generation, name)
-        peer.greeting = peer.connected
-        return peer.connected
+        return self._sessions._peers.greet(self._peer, reply)
 
     def forget(self) -> None:
         self._peer.greeting = None
 
     def reconnect(self) -> None:
-        peer = self._peer
-        peer.greeting = None
-        if peer.connected is not None:
-            self._sessions._transport.disconnect(peer.connected.transport_name)
-            peer.connected = None
+        self._sessions._peers.disconnect(self._peer)
 
     def read(self, name: str, remote: Sequence[int], local: Sequence[int]) -> int:
         sessions = self._sessions

@@ -85,7 +85,7 @@ class Server:
 
 
 class Dialer:
-    """A DEALER socket to one peer; ``session.Link``."""
+    """A DEALER socket to one peer; ``peers.Link``."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
         self.socket = context.socket(zmq.DEALER)
