@@ -1,0 +1,143 @@
+"""The peers of a rank: whom it can talk to, and whom its transport can read from.
+
+Belongs to the agent's thread. A peer is known by the address of its control socket. ``PeerTable``
+opens the link, greets (namespaces are compared, the transport learns the peer's memory), and
+forgets peers that nobody has used for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..errors import LimitExceeded
+from ..protocol import handshake
+from ..protocol.control import Hello, HelloReply, Message
+from .base import Transport
+from .state import Greeting
+
+
+class Link(Protocol):
+    """A connection to one peer's control socket. Sending never waits; a full queue drops."""
+
+    def send(self, request_id: int, message: Message) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLimits:
+    """``count``: peers known at the same time; ``idle_s``: how long one is kept without use."""
+
+    count: int = 256
+    idle_s: float = 60.0
+
+
+@dataclass(slots=True, eq=False)
+class Peer:
+    """``connected`` is what our transport knows; ``greeting`` what fetches may rely on."""
+
+    address: str
+    link: Link
+    used_s: float
+    greeting: Greeting | None = None
+    connected: Greeting | None = None
+
+
+class PeerTable:
+    """``open_link`` raises ProtocolError for an address that is none. ``in_use`` says whether a
+    fetch runs from a peer or a read from it has not ended: such a peer is never forgotten."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        hello: Hello,
+        open_link: Callable[[str], Link],
+        limits: PeerLimits,
+        *,
+        in_use: Callable[[Peer], bool],
+    ) -> None:
+        self.limits = limits
+        self._transport = transport
+        self._hello = hello
+        self._open_link = open_link
+        self._in_use = in_use
+        self._peers: dict[str, Peer] = {}
+        self._next_request = 1
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    def __iter__(self) -> Iterator[Peer]:
+        return iter(list(self._peers.values()))
+
+    def get(self, address: str) -> Peer | None:
+        return self._peers.get(address)
+
+    def obtain(self, address: str, now: float) -> Peer:
+        """The peer at ``address``, linked when it is new.
+
+        Raises LimitExceeded when all that are known are in use, ProtocolError for an address that
+        is none."""
+        peer = self._peers.get(address)
+        if peer is None:
+            if len(self._peers) >= self.limits.count:
+                self._forget_idle(now, 0.0)
+            if len(self._peers) >= self.limits.count:
+                raise LimitExceeded(f"{len(self._peers)} peers are in use")
+            peer = Peer(address, self._open_link(address), now)
+            self._peers[address] = peer
+        peer.used_s = now
+        return peer
+
+    def send(self, peer: Peer, message: Message) -> int:
+        """Returns the request id, which no other message of this rank has."""
+        self._next_request += 1
+        peer.link.send(self._next_request, message)
+        return self._next_request
+
+    def greet(self, peer: Peer, reply: HelloReply) -> Greeting:
+        """Check the peer and make its memory readable.
+
+        Raises NamespaceMismatch, VersionMismatch, TransferFailed."""
+        handshake.require_same_version(reply.version)
+        handshake.require_same_namespace(self._hello.namespace, reply.namespace)
+        if peer.connected is None or peer.connected.generation != reply.generation:
+            self.disconnect(peer)
+            name = self._transport.connect(reply.transport_metadata)
+            peer.connected = Greeting(reply.generation, name)
+        peer.greeting = peer.connected
+        return peer.connected
+
+    def disconnect(self, peer: Peer) -> None:
+        """The transport has to learn the peer anew, and the peer to be greeted."""
+        peer.greeting = None
+        if peer.connected is not None:
+            self._transport.disconnect(peer.connected.transport_name)
+            peer.connected = None
+
+    def on_time(self, now: float) -> None:
+        self._forget_idle(now, self.limits.idle_s)
+
+    def close(self) -> None:
+        """The transport is closed by its owner, which ends the connections."""
+        for peer in self._peers.values():
+            peer.link.close()
+        self._peers.clear()
+
+    def stats(self) -> dict[str, float]:
+        return {"peers": len(self._peers)}
+
+    def check(self) -> None:
+        assert len(self._peers) <= self.limits.count
+        for address, peer in self._peers.items():
+            assert peer.address == address
+            assert peer.greeting is None or peer.greeting == peer.connected
+
+    def _forget_idle(self, now: float, idle_s: float) -> None:
+        for peer in self:
+            if now - peer.used_s >= idle_s and not self._in_use(peer):
+                peer.link.close()
+                self.disconnect(peer)
+                del self._peers[peer.address]
