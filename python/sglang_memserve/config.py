@@ -64,7 +64,8 @@ class InstanceConfig:
 
     ``role`` is the role at boot; it can be changed later. ``peer_host`` is the host the ranks'
     peer and event sockets listen on and are reached at. ``runtime_dir`` is a private folder of
-    this boot that holds the local sockets.
+    this boot that holds the local sockets. ``mempool_dram_bytes`` is for all ranks together: their
+    shards of a page are equal parts of it, so each rank gets an equal part of the memory.
     """
 
     role: Role
@@ -86,6 +87,9 @@ class InstanceConfig:
     def rank_socket(self, rank: int) -> Path:
         """A rank's ``local`` socket, for this machine's user only."""
         return Path(self.runtime_dir) / f"rank{rank}.sock"
+
+    def rank_dram_bytes(self, tp_size: int) -> int:
+        return self.mempool_dram_bytes // tp_size
 
     def to_json(self) -> dict[str, object]:
         """JSON-compatible form; ``from_json`` inverts it."""

@@ -55,7 +55,8 @@ def add_memserve_flags(parser: argparse.ArgumentParser) -> None:
         "--mempool-dram",
         default=DEFAULT_DRAM,
         metavar="SIZE",
-        help=f"Memory for KV pages outside the device, for each rank. Default: {DEFAULT_DRAM}.",
+        help="Memory for KV pages outside the device, divided among the instance's ranks. "
+        f"Default: {DEFAULT_DRAM}.",
     )
     group.add_argument(
         "--advertise-url",

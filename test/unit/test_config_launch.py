@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import socket
 import subprocess
@@ -71,6 +72,24 @@ def test_the_linker_gets_the_settings() -> None:
     assert InstanceConfig.from_json(linker["linker_extra_config"]) == config
     assert config.url == "http://127.0.0.1:30000"
     assert (config.role, config.mempool_dram_bytes) == (Role.PREFILL, 1 << 20)
+
+
+def test_dram_is_the_instances_and_divided_among_its_ranks(tmp_path: Path) -> None:
+    """One page of this model: 4 layers x K and V x 8 heads x 64 x 2 B x 16 tokens = 128 KiB."""
+    model = {"num_attention_heads": 8, "hidden_size": 512, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    argv = ["--model-path", str(tmp_path), "--tp", "2", "--mempool-dram"]
+    own, rest = launch_server.parse([*argv, "256KiB"])
+    config = launch_server.build_config(own, flags.read_engine_flags(rest), "/tmp/memserve-x")
+    assert [config.rank_dram_bytes(ranks) for ranks in (1, 2, 3)] == [262144, 131072, 87381]
+    launch_server.build_config(*_parsed([*argv, "128KiB"]))
+    with pytest.raises(ConfigError, match=r"each of 2 ranks gets 65535 bytes.* 65536 bytes"):
+        launch_server.build_config(*_parsed([*argv, "131071"]))
+
+
+def _parsed(argv: list[str]) -> tuple[argparse.Namespace, flags.EngineFlags, str]:
+    own, rest = launch_server.parse(argv)
+    return own, flags.read_engine_flags(rest), "/tmp/memserve-x"
 
 
 def test_model_folders(tmp_path: Path) -> None:

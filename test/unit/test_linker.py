@@ -78,7 +78,13 @@ def make_kv() -> Any:
 def make_linker(monkeypatch: pytest.MonkeyPatch) -> Callable[..., linker.MemPoolLinker]:
     def make(kv: Any, components: set[ComponentType]) -> linker.MemPoolLinker:
         allocator = SimpleNamespace(get_kvcache=lambda: kv)
-        params: Any = SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=PAGE)
+        params: Any = SimpleNamespace(
+            token_to_kv_pool_allocator=allocator,
+            page_size=PAGE,
+            tp_cache_group=None,
+            attn_cp_cache_group=None,
+            attn_tp_cache_group=None,
+        )
         config = InstanceConfig(
             Role.BOTH, InstanceId("http://h:1"), Generation("g"), "127.0.0.1", "/nowhere", 1
         )
@@ -165,6 +171,26 @@ def test_pin_that_ended_declines_the_load(rig: Rig) -> None:
     assert not rig.linker.load("r", [transfer(["a"], [9])])
     assert not rig.linker.load("never looked up", [transfer(["a"], [9])])
     assert rig.linker.start_layer_wise_loading() == -1
+
+
+def test_load_that_another_rank_declines_is_declined(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways round: a rank that can load follows one that cannot, and votes either way."""
+    votes: list[bool] = []
+
+    def others_cannot(vote: bool) -> bool:
+        votes.append(vote)
+        return False
+
+    rig.store(["a"], [1])
+    monkeypatch.setattr(rig.linker._ranks, "unanimous", others_cannot)
+    rig.linker.lookup("r", [transfer(["a"])])
+    assert not rig.linker.load("r", [transfer(["a"], [9])])
+    assert not rig.linker.load("lost its pin", [transfer(["a"], [9])])
+    assert votes == [True, False]
+    assert rig.linker.start_layer_wise_loading() == -1
+    assert rig.pool.stats()["leases"] == 0
 
 
 def test_pins_of_vanished_requests_are_forgotten(rig: Rig) -> None:

@@ -95,6 +95,12 @@ PARAMETERS: Mapping[str, tuple[str, ...]] = {
         "req_pool_indices_tensor",
         "prefix_lens_tensor",
     ),
+    "sglang.srt.mem_cache.cache_init_params.CacheInitParams": (
+        "page_size",
+        "tp_cache_group",
+        "attn_cp_cache_group",
+        "attn_tp_cache_group",
+    ),
     "sglang.srt.mem_cache.cpp_utils.native_hash.get_native_hash": (
         "token_ids",
         "prior_digest",

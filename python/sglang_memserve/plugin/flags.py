@@ -177,10 +177,11 @@ def require_blocks(dram_bytes: int, said: str, engine: EngineFlags) -> int:
     the pool itself would notice only when the model is loaded."""
     per_token = _kv_bytes_per_token(Path(engine.model_path).expanduser() / "config.json")
     page_bytes = (per_token or 0) * engine.page_size // max(1, engine.tp_size)
-    if dram_bytes < page_bytes:
+    share = dram_bytes // max(1, engine.tp_size)
+    if share < page_bytes:
         raise ConfigError(
-            f"--mempool-dram {said} holds no page: one page of this model takes "
-            f"{page_bytes} bytes on each rank"
+            f"--mempool-dram {said} holds no page: each of {engine.tp_size} ranks gets {share} "
+            f"bytes, one page of this model takes {page_bytes} bytes on each rank"
         )
     return dram_bytes
 

@@ -10,7 +10,8 @@ copies a page or waits for the network:
              the device pages and publishes them
 
 The pins of ``lookup`` end when the load is done, when the request is aborted (see ``linker_hooks``)
-or after ``PIN_TTL_S``. A pin that ended makes ``load`` decline, and SGLang computes the prefix.
+or after ``PIN_TTL_S``. A pin that ended makes ``load`` decline on every rank, and SGLang computes
+the prefix.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from ..memory.swap import DevicePool
 from ..mempool import MemPool
 from ..types import BlockId, PageKey
 from . import hooks, linker_hooks
+from .agreement import Agreement
 from .node import RankNode, describe_device_pool
 
 if TYPE_CHECKING:
@@ -107,6 +109,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         self.pools = {PoolName.KV: kv_pool}
         self.layer_done_counter = LayerWiseLoadCounter(namespace.num_layers)
         self._page_size = params.page_size
+        self._ranks = Agreement.of(params)
         self._node = RankNode.start(config, namespace)
         self._pool: MemPool = self._node.pool
         self._device = DevicePool(self._pool.layout, kv_pool.k_buffer, kv_pool.v_buffer)
@@ -149,9 +152,11 @@ class MemPoolLinker(UnifiedCacheLinker):
         transfer = transfers[0]
         keys = _page_keys(transfer)
         pin = self._pins.pop(rid, None)
+        ours = pin is not None and pin.lease.valid() and pin.keys[: len(keys)] == keys
+        all_can = self._ranks.unanimous(ours)
         if pin is None:
             return False
-        if not pin.lease.valid() or pin.keys[: len(keys)] != keys:
+        if not all_can:
             pin.lease.release()
             return False
         pages = self._page_ids(transfer)

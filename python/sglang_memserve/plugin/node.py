@@ -97,7 +97,9 @@ class RankNode:
         _keep_to_loopback(config.peer_host)
         limits = config.limits
         pool = MemPool(
-            namespace, arena_bytes=config.mempool_dram_bytes, generation=config.generation
+            namespace,
+            arena_bytes=config.rank_dram_bytes(namespace.tp_size),
+            generation=config.generation,
         )
         try:
             agent = RankAgent(
