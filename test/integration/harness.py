@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,9 +58,15 @@ class RunningCluster:
         return server
 
 
-def _environment() -> dict[str, str]:
-    # A failing import in a child should not wait for a hub.
-    return {**os.environ, "HF_HUB_OFFLINE": "1"}
+@contextmanager
+def _environment() -> Iterator[dict[str, str]]:
+    """Of processes that end with the block: what they leave in their temporary folder goes too.
+
+    SGLang leaves its sockets' files there, however it ends. The folder's path is short, as the
+    kernel bounds that of a socket."""
+    with tempfile.TemporaryDirectory(prefix="memserve-test-", ignore_cleanup_errors=True) as name:
+        # A failing import in a child should not wait for a hub.
+        yield {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": name}
 
 
 def _module(name: str, *arguments: str) -> tuple[str, ...]:
@@ -109,8 +116,12 @@ def launch_cluster(
         *("--log-dir", str(folder), "--json-ready", str(told)),
         *("--startup-timeout", str(START_LIMIT_S - 10), *flags),
     )
-    command = Command("cluster", argv, _environment(), folder / "cluster.log")
-    with GuardedProcess(command, grace_s=_END_LIMIT_S) as process:
+    with (
+        _environment() as environment,
+        GuardedProcess(
+            Command("cluster", argv, environment, folder / "cluster.log"), grace_s=_END_LIMIT_S
+        ) as process,
+    ):
         _await_ready(process, told.exists)
         value = json.loads(told.read_text())
         yield RunningCluster(
@@ -145,7 +156,10 @@ def launch_server(
         *("--model-path", str(model), "--role", role, "--port", str(port), *flags),
     )
     url = f"http://127.0.0.1:{port}"
-    with GuardedProcess(Command(name, argv, _environment(), log)) as process:
+    with (
+        _environment() as environment,
+        GuardedProcess(Command(name, argv, environment, log)) as process,
+    ):
         _await_ready(process, lambda: probe.instance_stage(url) is probe.Stage.UP)
         yield Server(name, role, url, process.pid, log)
 
@@ -157,8 +171,11 @@ def launch_router(
     (port,) = free_ports(1, taken=set())
     log = folder / f"{name}.log"
     url = f"http://127.0.0.1:{port}"
-    command = Command(name, _module("router", "--port", str(port), *flags), _environment(), log)
-    with GuardedProcess(command) as process:
+    argv = _module("router", "--port", str(port), *flags)
+    with (
+        _environment() as environment,
+        GuardedProcess(Command(name, argv, environment, log)) as process,
+    ):
         _await_ready(process, lambda: probe.router_answers(url))
         yield Server(name, "router", url, process.pid, log)
 
