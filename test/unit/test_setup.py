@@ -66,9 +66,11 @@ class Recorder:
 def checkout(tmp_path: Path) -> Path:
     """A checkout whose environment is there already, with uv in it."""
     (tmp_path / "requirements").mkdir()
-    for name in ("lock.txt", "model.txt", "installer.txt"):
+    for name in ("lock.txt", "model.txt", "installer.txt", "build.txt"):
         (tmp_path / "requirements" / name).write_text(f"one-of-{name}==1\n")
     (tmp_path / "pyproject.toml").write_text("[project]\n")
+    (tmp_path / "sgl-kernel-ext" / "csrc").mkdir(parents=True)
+    (tmp_path / "sgl-kernel-ext" / "csrc" / "one.cpp").write_text("int one();")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
     (tmp_path / ".venv" / "bin" / "uv").write_text("")
@@ -112,6 +114,53 @@ def test_plain_pip_takes_over_where_uv_fails(
     commands = install(monkeypatch, checkout, failing="uv pip install")
     assert sum("-m pip install" in command for command in commands) == 3
     assert install(monkeypatch, checkout) == []
+
+
+def build(monkeypatch: pytest.MonkeyPatch, checkout: Path, failing: str = "\0") -> list[str]:
+    recorder = Recorder(failing)
+    monkeypatch.setattr(setup, "run", recorder)
+    setup.Setup(checkout, sys.executable).kernels()
+    return recorder.commands
+
+
+def test_native_code_is_built_once_and_again_when_it_changes(
+    monkeypatch: pytest.MonkeyPatch, checkout: Path
+) -> None:
+    monkeypatch.setattr(setup, "find_compiler", lambda: "/usr/bin/c++")
+    tools, package = build(monkeypatch, checkout)
+    assert tools.endswith("build.txt")
+    assert "--reinstall-package sgl-kernel-ext" in package and "wheel.cmake" not in package
+    assert build(monkeypatch, checkout) == []
+    (checkout / "sgl-kernel-ext" / "csrc" / "more.cpp").write_text("")
+    assert len(build(monkeypatch, checkout)) == 1
+
+
+def test_without_a_compiler_the_reference_is_installed(
+    monkeypatch: pytest.MonkeyPatch, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup, "find_compiler", lambda: None)
+    assert "-Cwheel.cmake=false" in build(monkeypatch, checkout)[-1]
+    assert capsys.readouterr().out.count("portable code") == 1
+    assert build(monkeypatch, checkout) == []
+    monkeypatch.setattr(setup, "find_compiler", lambda: "/usr/bin/c++")
+    assert "wheel.cmake" not in build(monkeypatch, checkout)[-1]
+
+
+def test_a_failed_build_is_said_and_tried_again(
+    monkeypatch: pytest.MonkeyPatch, checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup, "find_compiler", lambda: "/usr/bin/c++")
+    build(monkeypatch, checkout, failing="sgl-kernel-ext")
+    assert "could not be built" in capsys.readouterr().out
+    assert len(build(monkeypatch, checkout)) == 1
+
+
+def test_the_build_is_pinned_as_the_package_asks() -> None:
+    package = tomllib.loads((ROOT / "sgl-kernel-ext" / "pyproject.toml").read_text())
+    locked = pins("build.txt")
+    for text in package["build-system"]["requires"]:
+        requirement = Requirement(text)
+        assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), text
 
 
 def test_no_installer_at_all_is_an_error(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:

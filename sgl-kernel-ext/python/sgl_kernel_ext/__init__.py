@@ -1,0 +1,11 @@
+"""Native core of MemServe. Knows tensors as addresses, so it depends on numpy alone.
+
+Modules, in order of dependency:
+
+- ``tables``: what the ops are handed
+- ``reference``: every op in plain Python and numpy; the oracle, and what runs without a compiler
+- ``_native``: the same in C++ (absent where it could not be built)
+- ``ops``: the ops to call, native where ``_native`` is there and ``MEMSERVE_NATIVE`` is not 0
+"""
+
+__version__ = "0.1.0"
