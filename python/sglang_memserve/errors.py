@@ -10,6 +10,7 @@ MemServeError
 │   ├── PeerUnreachable    no answer before the deadline
 │   ├── LeaseInvalid       the lease expired, is unknown or is of another generation
 │   └── TransferFailed     the bytes did not arrive
+├── CopyStalled            a copy between HBM and DRAM does not end
 ├── NoInstance             no instance can serve a request; says why each cannot
 └── LimitExceeded          a configured bound was reached
 
@@ -59,6 +60,10 @@ class LeaseInvalid(PeerError):
 
 
 class TransferFailed(PeerError):
+    pass
+
+
+class CopyStalled(MemServeError):
     pass
 
 

@@ -80,5 +80,7 @@ DTYPE_BYTES = {
     "float16": 2,
     "float32": 4,
     "float8_e4m3fn": 1,
+    "float8_e4m3fnuz": 1,
     "float8_e5m2": 1,
+    "float8_e5m2fnuz": 1,
 }

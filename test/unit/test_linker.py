@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang_memserve.config import InstanceConfig
-from sglang_memserve.errors import ConfigError
+from sglang_memserve.errors import ConfigError, CopyStalled
 from sglang_memserve.mempool import MemPool
 from sglang_memserve.plugin import hooks, linker, linker_hooks
 from sglang_memserve.plugin.node import RankNode
+from sglang_memserve.plugin.scheduler_clock import SchedulerClock
 from sglang_memserve.protocol.events import BlockStored
 from sglang_memserve.types import Generation, InstanceId, Namespace, Role
 
@@ -184,7 +186,7 @@ def test_load_that_another_rank_declines_is_declined(
         return False
 
     rig.store(["a"], [1])
-    monkeypatch.setattr(rig.linker._ranks, "unanimous", others_cannot)
+    monkeypatch.setattr(rig.linker.ranks, "unanimous", others_cannot)
     rig.linker.lookup("r", [transfer(["a"])])
     assert not rig.linker.load("r", [transfer(["a"], [9])])
     assert not rig.linker.load("lost its pin", [transfer(["a"], [9])])
@@ -223,7 +225,7 @@ def test_offload_names_the_parent(rig: Rig) -> None:
 
 def test_known_pages_are_not_copied_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.store(["a", "b"], [1, 2])
-    monkeypatch.setattr(rig.linker._device, "gather", lambda *_: pytest.fail("copied again"))
+    monkeypatch.setattr(rig.linker.device, "gather", lambda *_: pytest.fail("copied again"))
     rig.store(["a", "b"], [5, 6])
 
 
@@ -241,7 +243,7 @@ def test_failed_store_publishes_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatc
     def broken(*_: object) -> None:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(rig.linker._device, "gather", broken)
+    monkeypatch.setattr(rig.linker.device, "gather", broken)
     assert rig.linker.offload([transfer(["a"], [1])])
     assert rig.settle() == [False]
     assert rig.linker.lookup("r", [transfer(["a"])]) == []
@@ -254,7 +256,7 @@ def test_failed_load_is_reported_and_unpinned(rig: Rig, monkeypatch: pytest.Monk
 
     rig.store(["a"], [1])
     rig.linker.lookup("r", [transfer(["a"])])
-    monkeypatch.setattr(rig.linker._device, "begin_scatter", broken)
+    monkeypatch.setattr(rig.linker.device, "begin_scatter", broken)
     assert rig.linker.load("r", [transfer(["a"], [9])])
     index = rig.linker.start_layer_wise_loading()
     assert not rig.linker.finish_layer_wise_loading(index)
@@ -279,13 +281,93 @@ def test_other_attention_is_refused(
 
 def test_hooks_pass_on_the_two_facts() -> None:
     told: list[object] = []
-    ours: Any = SimpleNamespace(set_offload_parent=told.append, release_request=told.append)
-    cache = SimpleNamespace(get_prefix_hash_values=lambda node: ["x", "y"] if node else [])
+    clock = SchedulerClock()
+    ours: Any = SimpleNamespace(
+        set_offload_parent=told.append, release_request=told.append, clock=clock
+    )
+    paths = {5: [SimpleNamespace(node_id=4), SimpleNamespace(node_id=5)], 4: [SimpleNamespace()]}
+    cache = SimpleNamespace(
+        tree_core=SimpleNamespace(collect_path_info=lambda nodes: [paths[n] for n in nodes]),
+        get_last_hash_value={4: "y"}.get,
+    )
     wrapper = SimpleNamespace(cache_linker=ours, cache=cache)
     linker_hooks._before_offload_node(wrapper, 5, [])
-    linker_hooks._before_offload_node(wrapper, 0, [])
+    linker_hooks._before_offload_node(wrapper, 4, [])
     linker_hooks._before_release_request(wrapper, "rid")
     assert told == ["y", None, "rid"]
+    assert clock.stats()["scheduler_calls_total"] == 3
     foreign = SimpleNamespace(cache_linker=SimpleNamespace(), cache=cache)
     linker_hooks._before_offload_node(foreign, 5, [])
     linker_hooks._before_release_request(foreign, "rid")
+
+
+class Gate:
+    """Holds the copy of whoever passes it until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, *_: object) -> None:
+        self.reached.set()
+        assert self.opened.wait(LIMIT_S)
+
+
+def test_offloads_complete_in_the_order_they_were_asked_for(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang unlocks its oldest pending node for each completion: an offload that has nothing to
+    copy must not free the pages of one that is still being copied."""
+    rig.store(["known"], [1])
+    gate = Gate()
+    monkeypatch.setattr(rig.linker.device, "gather", gate)
+    assert rig.linker.offload([transfer(["slow"], [2])])
+    assert gate.reached.wait(LIMIT_S)
+    assert rig.linker.offload([transfer(["known"], [3])])
+    assert rig.linker.num_completed_offloads() == 0
+    gate.opened.set()
+    assert rig.settle(2) == [True, True]
+
+
+def test_store_that_waited_too_long_is_given_up(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linker, "STORE_LIMIT_S", 0.0)
+    assert rig.linker.offload([transfer(["late"], [2])])
+    assert rig.settle() == [False]
+    assert rig.pool.stats()["free_blocks"] == BLOCKS
+
+
+def test_load_that_does_not_come_is_called_off(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.store(["a"], [1])
+    rig.linker.layer_done_counter._limit_s = 0.05
+    gate = Gate()
+    monkeypatch.setattr(rig.linker.device, "wait", gate)
+    rig.linker.lookup("r", [transfer(["a"])])
+    before = rows(rig.kv, [9])
+    assert rig.linker.load("r", [transfer(["a"], [9])])
+    index = rig.linker.start_layer_wise_loading()
+    counter = rig.linker.layer_done_counter
+    counter.set_consumer(index)
+    for layer in range(LAYERS):
+        counter.wait_until(layer)
+    gate.opened.set()
+    assert not rig.linker.finish_layer_wise_loading(index)
+    assert torch.equal(rows(rig.kv, [9]), before), "it was written after it was called off"
+    assert rig.linker.clock.stats()["scheduler_wait_seconds_total"] > 0
+    assert rig.pool.stats()["leases"] == 0
+
+
+def test_load_that_does_not_even_stop_is_an_error(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its slots may still be written: nobody can use them or give them back."""
+    rig.store(["a"], [1])
+    rig.linker.layer_done_counter._limit_s = 0.02
+    rig.linker.layer_done_counter._grace_s = 0.02
+    gate = Gate()
+    monkeypatch.setattr(rig.linker.device, "wait", gate)
+    rig.linker.lookup("r", [transfer(["a"])])
+    assert rig.linker.load("r", [transfer(["a"], [9])])
+    index = rig.linker.start_layer_wise_loading()
+    with pytest.raises(CopyStalled, match="did not stop"):
+        rig.linker.finish_layer_wise_loading(index)
+    gate.opened.set()

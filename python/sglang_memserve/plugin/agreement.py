@@ -36,12 +36,16 @@ class Agreement:
     def unanimous(self, vote: bool) -> bool:
         """Whether every rank says yes. Waits for the slowest, at most SGLang's own time-out for
         collective operations; with one rank it costs nothing."""
+        return bool(self.least([int(vote)])[0])
+
+    def least(self, values: list[int]) -> list[int]:
+        """The least of each value over the ranks. Waits as ``unanimous``."""
         if not self._groups:
-            return vote
-        votes = torch.tensor([int(vote)], dtype=torch.int)
+            return values
+        votes = torch.tensor(values, dtype=torch.int64)
         for group in self._groups:
             torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MIN, group=group)
-        return bool(votes.item())
+        return [int(vote) for vote in votes.tolist()]
 
 
 def _ranks(group: Any) -> int:

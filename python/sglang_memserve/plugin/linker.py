@@ -6,16 +6,20 @@ copies a page or waits for the network:
 ``lookup``   answers from the local index and pins what it claims under the request's id
 ``load``     hands the pinned blocks to the load thread, which scatters them layer by layer while
              the forward runs; ``layer_done_counter`` gates each layer
-``offload``  reserves blocks (evicting if need be) and hands them to the store thread, which gathers
+``offload``  reserves blocks (evicting if need be) and hands them to the copy thread, which gathers
              the device pages and publishes them
 
 The pins of ``lookup`` end when the load is done, when the request is aborted (see ``linker_hooks``)
 or after ``PIN_TTL_S``. A pin that ended makes ``load`` decline on every rank, and SGLang computes
 the prefix.
+
+SGLang matches completed offloads with its own list by order alone: they are reported in the order
+in which they were asked for, whichever ends first.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import threading
@@ -26,10 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
-from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
-    LayerWiseLoadCounter,
-    UnifiedCacheLinker,
-)
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
 from ..config import InstanceConfig
 from ..errors import ConfigError, LimitExceeded
@@ -38,13 +39,16 @@ from ..mempool import MemPool
 from ..types import BlockId, PageKey
 from . import hooks, linker_hooks
 from .agreement import Agreement
+from .copies import Copy, CopyThread, StoreJob
+from .load_counter import BoundedLoadCounter
 from .node import RankNode, describe_device_pool
+from .scheduler_clock import SchedulerClock
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.server_args import ServerArgs
 
-    from ..mempool import PoolLease, PoolStore
+    from ..mempool import PoolLease
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +56,10 @@ log = logging.getLogger(__name__)
 # only pins of requests that vanished without a word.
 PIN_TTL_S = 300.0
 CLOSE_TIMEOUT_S = 10.0
+# A whole arena moves in less; what takes longer does not come, and its requests end with an error.
+LOAD_LIMIT_S = 60.0
+LOAD_GRACE_S = 10.0
+STORE_LIMIT_S = 60.0
 
 
 @dataclass(slots=True)
@@ -72,14 +80,6 @@ class _Load:
 class _LoadBatch:
     counter_index: int
     loads: list[_Load]
-    ready: list[Any]
-
-
-@dataclass(slots=True)
-class _Offload:
-    keys: list[PageKey]
-    store: PoolStore
-    pages: torch.Tensor
     ready: list[Any]
 
 
@@ -107,59 +107,63 @@ class MemPoolLinker(UnifiedCacheLinker):
         namespace = describe_device_pool(server_args, kv_pool, params.page_size)
         self.forward_stream = forward_stream
         self.pools = {PoolName.KV: kv_pool}
-        self.layer_done_counter = LayerWiseLoadCounter(namespace.num_layers)
+        self.clock = SchedulerClock()
+        self.layer_done_counter = BoundedLoadCounter(
+            namespace.num_layers, self.clock, limit_s=LOAD_LIMIT_S, grace_s=LOAD_GRACE_S
+        )
         self._page_size = params.page_size
-        self._ranks = Agreement.of(params)
-        self._node = RankNode.start(config, namespace)
-        self._pool: MemPool = self._node.pool
-        self._device = DevicePool(self._pool.layout, kv_pool.k_buffer, kv_pool.v_buffer)
+        self.ranks = Agreement.of(params)
+        self._node = RankNode.start(config, namespace, self.clock.stats)
+        self.pool: MemPool = self._node.pool
+        self.device = DevicePool(self.pool.layout, kv_pool.k_buffer, kv_pool.v_buffer)
         self._pins: dict[str, _Pin] = {}
         self._queued_loads: dict[str, _Load] = {}
         self._offload_parent: PageKey | None = None
-        self._completed: deque[bool] = deque()
+        self._offloads: deque[Copy] = deque()
         self._load_queue: queue.SimpleQueue[_LoadBatch | None] = queue.SimpleQueue()
-        self._store_queue: queue.SimpleQueue[_Offload | threading.Event | None] = (
-            queue.SimpleQueue()
-        )
-        self._threads = [
-            threading.Thread(target=self._run_loads, name="memserve-load", daemon=True),
-            threading.Thread(target=self._run_stores, name="memserve-store", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._loader = threading.Thread(target=self._run_loads, name="memserve-load", daemon=True)
+        self._loader.start()
+        self.copies = CopyThread("memserve-copy")
 
     # -- restore: MemPool -> device slots --
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every restorable prefix length in pages: all of 1..n, as full attention has no holes."""
-        keys = _page_keys(transfers[0])
+        with self.clock.working():
+            return list(range(1, self._claim(rid, transfers[0]) + 1))
+
+    def _claim(self, rid: str, transfer: PoolTransfer) -> int:
+        keys = _page_keys(transfer)
         pin = self._pins.pop(rid, None)
         if pin is not None:
             pin.lease.release()
         try:
-            lease = self._pool.acquire(keys, owner=rid, ttl_s=PIN_TTL_S)
+            lease = self.pool.acquire(keys, owner=rid, ttl_s=PIN_TTL_S)
         except LimitExceeded:
-            return []
+            return 0
         pages = len(lease.blocks)
         if pages == 0:
             lease.release()
-            return []
+            return 0
         self._forget_ended_pins()
         self._pins[rid] = _Pin(keys[:pages], lease)
-        return list(range(1, pages + 1))
+        return pages
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        transfer = transfers[0]
+        with self.clock.working():
+            return self._queue_load(rid, transfers[0])
+
+    def _queue_load(self, rid: str, transfer: PoolTransfer) -> bool:
         keys = _page_keys(transfer)
         pin = self._pins.pop(rid, None)
         ours = pin is not None and pin.lease.valid() and pin.keys[: len(keys)] == keys
-        all_can = self._ranks.unanimous(ours)
+        all_can = self.ranks.unanimous(ours)
         if pin is None:
             return False
         if not all_can:
             pin.lease.release()
             return False
-        pages = self._page_ids(transfer)
+        pages = self._pages_of(transfer)
         self._queued_loads[rid] = _Load(rid, pages, list(pin.lease.blocks[: len(keys)]), pin.lease)
         return True
 
@@ -190,7 +194,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         loads = list(self._queued_loads.values())
         self._queued_loads.clear()
         index = self.layer_done_counter.update_producer()
-        self._load_queue.put(_LoadBatch(index, loads, self._device_events()))
+        self._load_queue.put(_LoadBatch(index, loads, self.device_events()))
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
@@ -207,13 +211,16 @@ class MemPoolLinker(UnifiedCacheLinker):
             finally:
                 for load in batch.loads:
                     load.lease.release()
+                self.layer_done_counter.end(batch.counter_index)
 
     def _load_batch(self, batch: _LoadBatch) -> None:
         blocks = [block for load in batch.loads for block in load.blocks]
         pages = torch.cat([load.pages for load in batch.loads])
-        self._device.wait(batch.ready)
-        transfer = self._device.begin_scatter(self._pool.arena, blocks, pages)
-        for layer in range(self._device.num_layers):
+        self.device.wait(batch.ready)
+        transfer = self.device.begin_scatter(self.pool.arena, blocks, pages)
+        for layer in range(self.device.num_layers):
+            if self.layer_done_counter.called_off(batch.counter_index):
+                return
             transfer.layer(layer)
             self.layer_done_counter.complete(batch.counter_index, layer)
 
@@ -224,83 +231,65 @@ class MemPoolLinker(UnifiedCacheLinker):
         self._offload_parent = None if parent is None else PageKey(bytes.fromhex(parent))
 
     def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        transfer = transfers[0]
+        with self.clock.working():
+            self._offload(transfers[0])
+        return True
+
+    def _offload(self, transfer: PoolTransfer) -> None:
         parent, self._offload_parent = self._offload_parent, None
         keys = _page_keys(transfer)
-        store = self._pool.prepare_store(keys, parent=parent)
+        store = self.pool.prepare_store(keys, parent=parent)
         if not store.missing:
             # Everything is there already, or no block can be had: nothing to copy.
             store.commit()
-            self._completed.append(self._holds(keys))
-            return True
-        pages = self._page_ids(transfer)
+            held = self.pool.readable_pages(keys) == len(keys)
+            self._offloads.append(Copy.nothing(landed=held))
+            return
+        pages = self._pages_of(transfer)
         wanted = torch.tensor([index for index, _ in store.missing], dtype=torch.int64)
-        self._store_queue.put(_Offload(keys, store, pages[wanted], self._device_events()))
-        return True
-
-    def _holds(self, keys: list[PageKey]) -> bool:
-        """Whether SGLang may call these pages stored; else it offers them again when next used."""
-        return self._pool.readable_pages(keys) == len(keys)
+        job = StoreJob(self.pool, self.device, keys, store, pages[wanted], self.device_events())
+        self._offloads.append(self.copies.submit(job, STORE_LIMIT_S))
 
     def num_completed_offloads(self) -> int:
-        return len(self._completed)
+        return sum(1 for _ in itertools.takewhile(lambda copy: copy.done, self._offloads))
 
     def pop_completed_offload(self) -> bool:
-        return self._completed.popleft()
-
-    def _run_stores(self) -> None:
-        torch.set_num_threads(1)
-        while (item := self._store_queue.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            landed = False
-            try:
-                self._device.wait(item.ready)
-                blocks = [block for _, block in item.store.missing]
-                self._device.gather(self._pool.arena, blocks, item.pages)
-                item.store.commit()
-                landed = self._holds(item.keys)
-            except Exception:
-                log.exception("storing %d pages in MemPool failed", len(item.pages))
-                item.store.abort()
-            self._completed.append(landed)
+        return self._offloads.popleft().landed
 
     # -- lifecycle --
 
     def reset(self) -> None:
         """SGLang flushed its cache: wait for copies under way, then drop every page."""
-        drained = threading.Event()
-        self._store_queue.put(drained)
-        if not drained.wait(CLOSE_TIMEOUT_S):
+        if not self.copies.drain(CLOSE_TIMEOUT_S):
             log.error("stores did not drain within %.0f s", CLOSE_TIMEOUT_S)
         for rid in list(self._queued_loads):
             self.cancel_queued_load(rid)
         for rid in list(self._pins):
             self.release_request(rid)
-        self._completed.clear()
+        self._offloads.clear()
         self.layer_done_counter.reset()
-        self._pool.clear()
+        self.pool.clear()
 
     def close(self) -> None:
         self._load_queue.put(None)
-        self._store_queue.put(None)
-        for thread in self._threads:
-            thread.join(CLOSE_TIMEOUT_S)
+        self._loader.join(CLOSE_TIMEOUT_S)
+        self.copies.close(CLOSE_TIMEOUT_S)
         self._node.close()
 
     # -- helpers --
 
-    def _page_ids(self, transfer: PoolTransfer) -> torch.Tensor:
-        """Page numbers of a transfer's token slots, on the CPU: int64 ``[pages]``."""
-        slots = transfer.device_indices
-        assert slots is not None
+    def _pages_of(self, transfer: PoolTransfer) -> torch.Tensor:
+        assert transfer.device_indices is not None
+        return self.page_ids(transfer.device_indices)
+
+    def page_ids(self, slots: torch.Tensor) -> torch.Tensor:
+        """Page numbers of whole pages' token slots, on the CPU: int64 ``[pages]``."""
         return (slots[:: self._page_size] // self._page_size).cpu()
 
-    def _device_events(self) -> list[Any]:
+    def device_events(self) -> list[Any]:
         """What a copy must wait for before it touches device pages; nothing on a CPU, where the
         forward has run by the time the scheduler thread gets here."""
-        return self.record_offload_ready() if self._device.is_accelerator else []
+        return self.record_offload_ready() if self.device.is_accelerator else []
 
 
 def _page_keys(transfer: PoolTransfer) -> list[PageKey]:

@@ -27,15 +27,19 @@ def register() -> None:
 
 def _before_offload_node(wrapper: Any, node_id: int, transfers: list[Any]) -> None:
     """The key before the node's first page: eviction leaf first and events need the chain."""
-    set_parent = getattr(wrapper.cache_linker, "set_offload_parent", None)
-    if set_parent is None:
+    linker = wrapper.cache_linker
+    if not hasattr(linker, "set_offload_parent"):
         return
-    ancestors = wrapper.cache.get_prefix_hash_values(node_id)
-    set_parent(ancestors[-1] if ancestors else None)
+    with linker.clock.working():
+        (path,) = wrapper.cache.tree_core.collect_path_info([node_id])
+        # A root has no pages; the path does not name it.
+        above = wrapper.cache.get_last_hash_value(path[-2].node_id) if len(path) > 1 else None
+        linker.set_offload_parent(above)
 
 
 def _before_release_request(wrapper: Any, rid: str) -> None:
     """A request that was looked up but will never load must not pin its blocks."""
-    release = getattr(wrapper.cache_linker, "release_request", None)
-    if release is not None:
-        release(rid)
+    linker = wrapper.cache_linker
+    if hasattr(linker, "release_request"):
+        with linker.clock.working():
+            linker.release_request(rid)

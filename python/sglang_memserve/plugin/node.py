@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,7 @@ def describe_device_pool(server_args: ServerArgs, kv_pool: Any, page_size: int) 
     return Namespace(
         model=model_fingerprint(server_args.model_path, server_args.revision),
         weight_version=str(server_args.weight_version),
-        kv_dtype=str(kv_pool.store_dtype).removeprefix("torch."),
+        kv_dtype=str(kv_pool.dtype).removeprefix("torch."),
         page_size=page_size,
         num_layers=kv_pool.layer_num,
         num_kv_heads=kv_pool.head_num,
@@ -93,7 +94,13 @@ class RankNode:
     agent: RankAgent
 
     @classmethod
-    def start(cls, config: InstanceConfig, namespace: Namespace) -> RankNode:
+    def start(
+        cls,
+        config: InstanceConfig,
+        namespace: Namespace,
+        more_stats: Callable[[], Mapping[str, float]] = dict,
+    ) -> RankNode:
+        """``more_stats`` joins what ``/memserve/stats`` says of this rank; called on any thread."""
         _keep_to_loopback(config.peer_host)
         limits = config.limits
         pool = MemPool(
@@ -111,6 +118,7 @@ class RankNode:
                 rank=namespace.tp_rank,
                 host=config.peer_host,
                 local_path=config.rank_socket(namespace.tp_rank),
+                more_stats=more_stats,
                 settings=FetchSettings(
                     reply_timeout_s=limits.connect_timeout_s, max_lease_ttl_s=limits.lease_ttl_s
                 ),

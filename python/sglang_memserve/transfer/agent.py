@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +41,7 @@ class RankAgent:
     """``transport`` is used by the agent's thread only, from ``register`` to ``close``.
 
     ``host`` is what the peer and events sockets listen on; a wildcard needs ``advertise_host``.
+    ``more_stats`` joins the answer to ``StatsRequest``; called on the agent's thread.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class RankAgent:
         settings: FetchSettings | None = None,
         session_limits: SessionLimits | None = None,
         serve_limits: ServeLimits | None = None,
+        more_stats: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         if host in _WILDCARDS and advertise_host is None:
             raise ConfigError(f"host {host!r} is no address for others: name one to advertise")
@@ -73,6 +76,7 @@ class RankAgent:
             fetch=settings or FetchSettings(),
             sessions=session_limits or SessionLimits(),
             serve=serve_limits or ServeLimits(),
+            more_stats=more_stats,
         )
         self._pool = pool
         self._transport = transport

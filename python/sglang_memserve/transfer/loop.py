@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class AgentConfig:
     fetch: FetchSettings
     sessions: SessionLimits
     serve: ServeLimits
+    more_stats: Callable[[], Mapping[str, float]] = dict
 
 
 class Submission(NamedTuple):
@@ -323,7 +325,11 @@ class AgentLoop:
             **self.server.stats(),
             **self.sessions.stats(),
         }
-        return {**self._pool.stats(), **{f"transfer_{name}": value for name, value in own.items()}}
+        return {
+            **self._pool.stats(),
+            **{f"transfer_{name}": value for name, value in own.items()},
+            **self._config.more_stats(),
+        }
 
 
 class _PeerLink:
