@@ -31,7 +31,7 @@ from sglang_memserve.transfer.agent import RankAgent
 from sglang_memserve.transfer.base import ReadState
 from sglang_memserve.transfer.nixl import NixlTransport, RawNixl
 from sglang_memserve.transfer.plan import Segment
-from sglang_memserve.transfer.state import FetchSettings
+from sglang_memserve.transfer.port import FetchSettings
 from sglang_memserve.types import Namespace, PageKey
 
 # SmolLM2-135M in bf16: 368,640 bytes a page of 16 tokens.
@@ -92,7 +92,7 @@ class Reader:
         self.agent.start()
 
     def fetch(self, count: int) -> float:
-        request = FetchRequest("holder", self.peer, list(self.keys[:count]), 0.0, DEADLINE_S)
+        request = FetchRequest.of("holder", self.peer, list(self.keys[:count]), 0.0, DEADLINE_S)
         start = time.perf_counter()
         reply = self.agent.fetch(request).result(DEADLINE_S)
         seconds = time.perf_counter() - start

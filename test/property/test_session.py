@@ -1,8 +1,9 @@
-"""Fetches against a simulated peer and network that do everything wrong but lie.
+"""Fetches against simulated peers and a network that do everything wrong but lie.
 
-The reader's pool is a real MemPool on virtual time; the peer is modelled: a few blocks of memory
-that it reuses as soon as no valid lease pins them, so that bytes read under a lease that has ended
-may be of another page. The network loses, repeats, reorders and delays; reads copy block by block.
+The reader's pool is a real MemPool on virtual time; the peers are modelled: a few blocks of memory
+each, reused as soon as no valid lease pins them, so that bytes read under a lease that has ended
+may be of another page. The network loses, repeats, reorders and delays; reads copy block by block,
+several at a time, and damage some blocks of a holder that sends checksums.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,10 +30,14 @@ from sglang_memserve.protocol.control import (
     Message,
     ReleaseReply,
     ReleaseRequest,
+    Source,
 )
 from sglang_memserve.transfer.base import ReadState, Store
+from sglang_memserve.transfer.outcome import Outcome
 from sglang_memserve.transfer.plan import batches, segments
-from sglang_memserve.transfer.state import Fetch, FetchSettings, Greeting, Outcome, State
+from sglang_memserve.transfer.port import FetchSettings, Greeting
+from sglang_memserve.transfer.round import Phase
+from sglang_memserve.transfer.state import Fetch
 from sglang_memserve.types import Namespace, PageKey
 
 NAMESPACE = Namespace("m", "1", "float16", 4, 1, 1, 8, 8, 0, 1)
@@ -40,8 +46,24 @@ OUR_BLOCKS = 10
 THEIR_BLOCKS = 8
 PAGES = 8
 SETTINGS = FetchSettings(
-    reply_timeout_s=1.0, max_pages_per_lease=4, max_lease_ttl_s=0.9, grace_s=0.8, recheck_s=0.25
+    reply_timeout_s=1.0,
+    rounds=3,
+    max_pages_per_lease=3,
+    max_lease_ttl_s=0.9,
+    grace_s=0.8,
+    recheck_s=0.25,
 )
+HOLDERS = 2
+# Of a fetch: which holders it names for which pages.
+SOURCES = [
+    [(0, 0, 0)],
+    [(1, 0, 0)],
+    [(0, 0, 3), (1, 3, 0)],
+    [(0, 4, 4), (1, 0, 4)],
+    [(0, 0, 0), (1, 0, 0)],
+    [(1, 2, 5), (0, 0, 6), (1, 5, 0)],
+    [(0, 0, 2), (1, 6, 0)],
+]
 KEYS = [PageKey(bytes([index + 1]) * 32) for index in range(PAGES)]
 OTHER_KEYS = [KEYS[0], KEYS[1], *(PageKey(bytes([index + 101]) * 32) for index in range(PAGES - 2))]
 
@@ -66,7 +88,9 @@ class Waiting:
 
 @dataclass
 class Holder:
+    number: int = 0
     boot: int = 1
+    checksums: bool = False
     pages: list[PageKey | None] = field(default_factory=lambda: [None] * THEIR_BLOCKS)
     leases: dict[int, PeerLease] = field(default_factory=dict)
     waiting: list[Waiting] = field(default_factory=list)
@@ -74,7 +98,11 @@ class Holder:
 
     @property
     def generation(self) -> str:
-        return f"boot-{self.boot}"
+        return f"{self.number}-boot-{self.boot}"
+
+    @property
+    def base(self) -> int:
+        return (self.number + 1) << 20
 
     def leading(self, keys: Sequence[bytes]) -> list[int]:
         found: list[int] = []
@@ -94,17 +122,23 @@ class Holder:
             return LeaseReply(0, [], [])
         lease_id, self.next_lease = self.next_lease, self.next_lease + 1
         self.leases[lease_id] = PeerLease(blocks, now + request.ttl_s)
-        # An address is the block's number: the simulated read looks it up when it copies.
-        return LeaseReply(lease_id, list(blocks), [])
+        sums = [checksum(self.pages[block]) for block in blocks] if self.checksums else []
+        # The simulated read looks up what lies at an address when it copies.
+        return LeaseReply(lease_id, [self.base + block * BLOCK for block in blocks], sums)
+
+
+def checksum(key: bytes | None) -> int:
+    return zlib.crc32(content(key or b"")) + 1
 
 
 @dataclass
 class Port:
-    """``state.Port`` of one fetch; messages go to ``network`` and nowhere else."""
+    """``port.Port`` of one source of one fetch; messages go to the network and nowhere else."""
 
     world: World
     number: int
-    known: Greeting | None = None
+    source: int
+    holder: int
 
     def send(self, message: Message) -> int:
         self.world.next_request += 1
@@ -112,19 +146,21 @@ class Port:
         return self.world.next_request
 
     def greeting(self) -> Greeting | None:
-        return self.known
+        return self.world.known.get(self.holder)
 
     def greet(self, reply: HelloReply) -> Greeting:
         if self.world.refuse_connections:
             raise TransferFailed("refused")
-        self.known = Greeting(reply.generation, reply.transport_metadata.decode())
-        return self.known
+        name = reply.transport_metadata.decode()
+        known = Greeting(reply.generation, name, tuple(reply.memory))
+        self.world.known[self.holder] = known
+        return known
 
     def forget(self) -> None:
-        self.known = None
+        self.world.known.pop(self.holder, None)
 
     def reconnect(self) -> None:
-        self.known = None
+        self.forget()
 
     def read(self, name: str, remote: Sequence[int], local: Sequence[int]) -> int:
         if self.world.refuse_connections:
@@ -138,6 +174,13 @@ class Port:
     def abandon(self, handle: int, store: Store) -> None:
         self.world.reads[handle].abandoned = store
 
+    def verify(self, local: Sequence[int], checksums: Sequence[int]) -> int:
+        found = [zlib.crc32(ctypes.string_at(address, BLOCK)) + 1 for address in local]
+        wrong = [i for i, pair in enumerate(zip(found, checksums, strict=True)) if len({*pair}) > 1]
+        self.world.next_ticket += 1
+        self.world.verdicts[self.world.next_ticket] = (self, wrong[0] if wrong else None)
+        return self.world.next_ticket
+
 
 @dataclass
 class Read:
@@ -148,15 +191,23 @@ class Read:
 
 
 class World(RuleBasedStateMachine):
-    @initialize(theirs=st.integers(0, THEIR_BLOCKS), ours=st.integers(0, 3))
-    def begin(self, theirs: int, ours: int) -> None:
+    @initialize(
+        theirs=st.lists(st.integers(0, THEIR_BLOCKS), min_size=HOLDERS, max_size=HOLDERS),
+        checksums=st.booleans(),
+        ours=st.integers(0, 3),
+    )
+    def begin(self, theirs: list[int], checksums: bool, ours: int) -> None:
         self.now = 100.0
         self.next_request = 0
         self.next_read = 0
         self.refuse_connections = False
-        self.lost_leases: set[int] = set()
-        self.holder = Holder()
-        self.holder.pages[:theirs] = KEYS[:theirs]
+        self.lost_leases: set[tuple[int, int]] = set()
+        self.next_ticket = 0
+        self.holders = [Holder(number, checksums=checksums) for number in range(HOLDERS)]
+        for holder, pages in zip(self.holders, theirs, strict=True):
+            holder.pages[:pages] = KEYS[:pages]
+        self.known: dict[int, Greeting] = {}
+        self.verdicts: dict[int, tuple[Port, int | None]] = {}
         self.to_holder: list[tuple[int, Port, Message]] = []
         self.to_reader: list[tuple[int, Port, Message]] = []
         self.reads: dict[int, Read] = {}
@@ -176,16 +227,22 @@ class World(RuleBasedStateMachine):
         keys=st.sampled_from([KEYS, KEYS, OTHER_KEYS]),
         wait_s=st.sampled_from([0.0, 0.5, 3.0]),
         deadline_s=st.sampled_from([0.0, 1.0, 9.0, 60.0]),
-        greeted=st.booleans(),
+        sources=st.sampled_from(SOURCES),
     )
-    def fetch(self, keys: list[PageKey], wait_s: float, deadline_s: float, greeted: bool) -> None:
-        generation = self.holder.generation
-        port = Port(self, len(self.fetches), Greeting(generation, generation) if greeted else None)
+    def fetch(
+        self,
+        keys: list[PageKey],
+        wait_s: float,
+        deadline_s: float,
+        sources: list[tuple[int, int, int]],
+    ) -> None:
+        named = [Source(f"{who}", "tcp://peer:1", first, pages) for who, first, pages in sources]
+        number = len(self.fetches)
         fetch = Fetch(
-            FetchRequest("peer", "tcp://peer:1", list(keys), wait_s, deadline_s),
+            FetchRequest(named, list(keys), wait_s, deadline_s),
+            [Port(self, number, index, who) for index, (who, _, _) in enumerate(sources)],
             arrived_s=self.now,
             store=self.pool,
-            port=port,
             hello=Hello(1, "reader", "reader", NAMESPACE),
             settings=SETTINGS,
         )
@@ -205,7 +262,8 @@ class World(RuleBasedStateMachine):
             reply = fetch.reply()
             assert reply.readable_pages <= PAGES
             assert (reply.outcome == "complete") == (reply.readable_pages == PAGES)
-            assert fetch.state is State.ENDED
+            assert not any(holder.rounds for holder in fetch.holders)
+            assert reply.fetched_pages == sum(source.fetched_pages for source in reply.sources)
             event(f"{reply.outcome}, fetched something: {reply.fetched_pages > 0}")
             if fetch.grace_lease is not None:
                 fetch.grace_lease.release()
@@ -214,7 +272,9 @@ class World(RuleBasedStateMachine):
             read.abandoned.abort()
         self.deliver_everything()
         # What was not lost on the way was released; the rest ends by itself.
-        assert self.holder.leases.keys() <= self.lost_leases
+        for holder in self.holders:
+            left = {(holder.number, lease_id) for lease_id in holder.leases}
+            assert left <= self.lost_leases, (left, self.lost_leases)
         self.pool.check()
         stats = self.pool.stats()
         assert stats["leases"] == 0 and stats["stores"] == 0 and stats["pinned_blocks"] == 0, stats
@@ -261,7 +321,8 @@ class World(RuleBasedStateMachine):
     @rule()
     def cancel_readers(self) -> None:
         for fetch in self.fetches:
-            if fetch.state is State.READING:
+            rounds = [round_ for holder in fetch.holders for round_, _ in holder.rounds]
+            if any(round_.phase is Phase.READING for round_ in rounds):
                 fetch.cancel(Outcome.CLOSED, self.now)
 
     # -- reads --
@@ -272,11 +333,28 @@ class World(RuleBasedStateMachine):
         self.copy_blocks(self.reads[data.draw(st.sampled_from(sorted(self.reads)))], blocks)
 
     def copy_blocks(self, read: Read, blocks: int) -> None:
+        holder = self.holders[read.asker.holder]
         for remote, local in read.todo[:blocks]:
-            same_boot = read.boot == self.holder.generation
-            page = self.holder.pages[remote] if same_boot else None
+            same_boot = read.boot == holder.generation
+            page = holder.pages[(remote - holder.base) // BLOCK] if same_boot else None
             ctypes.memmove(local, content(page) if page else b"\xee" * BLOCK, BLOCK)
         del read.todo[:blocks]
+
+    @precondition(lambda self: self.reads and self.holders[0].checksums)
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        """A block that was copied already, or none."""
+        read = self.reads[data.draw(st.sampled_from(sorted(self.reads)))]
+        if read.todo:
+            _, local = read.todo.pop(0)
+            ctypes.memmove(local, b"\xdd" * BLOCK, BLOCK)
+
+    @precondition(lambda self: self.verdicts)
+    @rule(data=st.data())
+    def tell_verdict(self, data: st.DataObject) -> None:
+        ticket = data.draw(st.sampled_from(sorted(self.verdicts)))
+        port, damaged = self.verdicts.pop(ticket)
+        self.fetches[port.number].on_verified(ticket, damaged, self.now)
 
     @precondition(lambda self: any(not read.todo for read in self.reads.values()))
     @rule(data=st.data())
@@ -320,15 +398,22 @@ class World(RuleBasedStateMachine):
     def reach_reader(self, data: st.DataObject, keep: bool) -> None:
         index = data.draw(st.integers(0, len(self.to_reader) - 1))
         request_id, port, message = self.to_reader[index] if keep else self.to_reader.pop(index)
-        self.fetches[port.number].on_reply(request_id, message, self.now)
+        self.hear(request_id, port, message)
+
+    def hear(self, request_id: int, port: Port, message: Message) -> None:
+        """As ``Sessions.on_message``."""
+        fetch = self.fetches[port.number]
+        known = fetch.on_reply(port.source, request_id, message, self.now)
+        if not known and isinstance(message, LeaseReply) and message.lease_id:
+            port.send(ReleaseRequest(self.holders[port.holder].generation, message.lease_id))
 
     @precondition(lambda self: self.to_holder or self.to_reader)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
         queue = data.draw(st.sampled_from([q for q in (self.to_holder, self.to_reader) if q]))
-        _, _, message = queue.pop(data.draw(st.integers(0, len(queue) - 1)))
+        _, port, message = queue.pop(data.draw(st.integers(0, len(queue) - 1)))
         if isinstance(message, LeaseReply | ReleaseRequest):
-            self.lost_leases.add(message.lease_id)
+            self.lost_leases.add((port.holder, message.lease_id))
 
     @rule()
     def talk(self) -> None:
@@ -344,24 +429,28 @@ class World(RuleBasedStateMachine):
 
     def deliver_everything(self) -> None:
         for _ in range(50):
-            if not self.to_holder and not self.to_reader:
+            if not self.to_holder and not self.to_reader and not self.verdicts:
                 return
             while self.to_holder:
                 self.answer(*self.to_holder.pop(0))
             while self.to_reader:
                 request_id, port, message = self.to_reader.pop(0)
-                self.fetches[port.number].on_reply(request_id, message, self.now)
+                self.hear(request_id, port, message)
+            for ticket, (port, damaged) in list(self.verdicts.items()):
+                del self.verdicts[ticket]
+                self.fetches[port.number].on_verified(ticket, damaged, self.now)
         raise AssertionError("messages without end")
 
     # -- the holder --
 
     def answer(self, request_id: int, port: Port, message: Message) -> None:
-        holder = self.holder
+        holder = self.holders[port.holder]
         reply: Message
         match message:
             case Hello():
                 generation = holder.generation
-                reply = HelloReply(1, "peer", generation, NAMESPACE, generation.encode())
+                memory = [(holder.base, THEIR_BLOCKS * BLOCK)]
+                reply = HelloReply(1, "peer", generation, NAMESPACE, generation.encode(), memory)
             case LeaseRequest() if message.generation != holder.generation:
                 reply = ErrorReply("LeaseInvalid", "another boot")
             case LeaseRequest():
@@ -380,44 +469,52 @@ class World(RuleBasedStateMachine):
                 raise AssertionError(message)
         self.to_reader.append((request_id, port, reply))
 
-    @rule(page=st.integers(0, PAGES - 1), block=st.integers(0, THEIR_BLOCKS - 1))
-    def compute_there(self, page: int, block: int) -> None:
+    @rule(
+        who=st.integers(0, HOLDERS - 1),
+        page=st.integers(0, PAGES - 1),
+        block=st.integers(0, THEIR_BLOCKS - 1),
+    )
+    def compute_there(self, who: int, page: int, block: int) -> None:
         """Into a block that nothing pins, whatever was in it."""
-        if block in self.holder.pinned(self.now) or KEYS[page] in self.holder.pages:
+        holder = self.holders[who]
+        if block in holder.pinned(self.now) or KEYS[page] in holder.pages:
             return
-        self.holder.pages[block] = KEYS[page]
+        holder.pages[block] = KEYS[page]
         self.answer_waiting()
 
-    @rule()
-    def compute_all_there(self) -> None:
-        free = sorted(set(range(THEIR_BLOCKS)) - self.holder.pinned(self.now))
-        missing = [key for key in KEYS if key not in self.holder.pages]
+    @rule(who=st.integers(0, HOLDERS - 1))
+    def compute_all_there(self, who: int) -> None:
+        holder = self.holders[who]
+        free = sorted(set(range(THEIR_BLOCKS)) - holder.pinned(self.now))
+        missing = [key for key in KEYS if key not in holder.pages]
         for block, key in zip(free, missing, strict=False):
-            self.holder.pages[block] = key
+            holder.pages[block] = key
         self.answer_waiting()
 
-    @rule()
-    def reuse_there(self) -> None:
+    @rule(who=st.integers(0, HOLDERS - 1))
+    def reuse_there(self, who: int) -> None:
         """Every block that nothing pins gets the bytes of some other prefix."""
-        for block in set(range(THEIR_BLOCKS)) - self.holder.pinned(self.now):
-            self.holder.pages[block] = PageKey(bytes([200 + block]) * 32)
+        holder = self.holders[who]
+        for block in set(range(THEIR_BLOCKS)) - holder.pinned(self.now):
+            holder.pages[block] = PageKey(bytes([200 + block]) * 32)
 
-    @precondition(lambda self: self.holder.waiting)
+    @precondition(lambda self: any(holder.waiting for holder in self.holders))
     @rule()
     def answer_waiting(self) -> None:
-        still: list[Waiting] = []
-        for waiting in self.holder.waiting:
-            if self.holder.leading(waiting.request.keys) or self.now >= waiting.until_s:
-                reply = self.holder.grant(waiting.request, self.now)
-                self.to_reader.append((waiting.request_id, waiting.asker, reply))
-            else:
-                still.append(waiting)
-        self.holder.waiting = still
+        for holder in self.holders:
+            still: list[Waiting] = []
+            for waiting in holder.waiting:
+                if holder.leading(waiting.request.keys) or self.now >= waiting.until_s:
+                    reply = holder.grant(waiting.request, self.now)
+                    self.to_reader.append((waiting.request_id, waiting.asker, reply))
+                else:
+                    still.append(waiting)
+            holder.waiting = still
 
-    @rule()
-    def restart_holder(self) -> None:
-        boot = self.holder.boot + 1
-        self.holder = Holder(boot=boot, next_lease=self.holder.next_lease)
+    @rule(who=st.integers(0, HOLDERS - 1))
+    def restart_holder(self, who: int) -> None:
+        old = self.holders[who]
+        self.holders[who] = Holder(who, old.boot + 1, old.checksums, next_lease=old.next_lease)
 
     # -- what must always hold --
 
@@ -433,7 +530,12 @@ class World(RuleBasedStateMachine):
         for fetch in self.fetches:
             if fetch.outcome is None:
                 assert fetch.wake_s <= fetch.deadline_s
-                assert self.now < fetch.deadline_s, (self.now, fetch.deadline_s, fetch.state)
+                assert self.now < fetch.deadline_s, (self.now, fetch.deadline_s)
+                for source in fetch.holders:
+                    assert len(source.rounds) <= SETTINGS.rounds
+                    leasing = [r for r, _ in source.rounds if r.phase is Phase.LEASING]
+                    assert len(leasing) <= 1
+                    assert not source.dropped
 
 
 TestWorld = World.TestCase

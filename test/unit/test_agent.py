@@ -127,7 +127,7 @@ class Rank:
         self, other: Rank, keys: Sequence[bytes], wait_s: float = 0.0, deadline_s: float = 10.0
     ) -> Future[FetchReply]:
         address = other.agent.peer_address
-        return self.agent.fetch(FetchRequest("peer", address, list(keys), wait_s, deadline_s))
+        return self.agent.fetch(FetchRequest.of("peer", address, list(keys), wait_s, deadline_s))
 
     def fetch(
         self, other: Rank, keys: Sequence[bytes], wait_s: float = 0.0, deadline_s: float = 10.0
@@ -327,7 +327,7 @@ def test_a_holder_that_closes_ends_the_wait(two: tuple[Rank, Rank]) -> None:
 
 def test_nobody_at_the_address(ranks: Callable[..., Rank]) -> None:
     reader = ranks()
-    request = FetchRequest("peer", "tcp://127.0.0.1:1", list(KEYS), 5.0, 0.3)
+    request = FetchRequest.of("peer", "tcp://127.0.0.1:1", list(KEYS), 5.0, 0.3)
     reply = reader.agent.fetch(request).result(LIMIT_S)
     assert reply.outcome == "peer_unreachable" and reply.seconds < LIMIT_S
 
@@ -502,13 +502,13 @@ def test_fetches_are_bounded(ranks: Callable[..., Rank]) -> None:
 @pytest.mark.parametrize(
     ("request_", "error"),
     [
-        (FetchRequest("p", "ipc:///tmp/x", [], 0.0, 1.0), ProtocolError),
-        (FetchRequest("p", "tcp://", [], 0.0, 1.0), ProtocolError),
-        (FetchRequest("p", "tcp://no port", [], 0.0, 1.0), ProtocolError),
-        (FetchRequest("p", "tcp://127.0.0.1:1", [], float("nan"), 1.0), ProtocolError),
-        (FetchRequest("p", "tcp://127.0.0.1:1", [], 0.0, -1.0), ProtocolError),
-        (FetchRequest("p", "tcp://127.0.0.1:1", [], 0.0, 1e6), LimitExceeded),
-        (FetchRequest("p", "tcp://127.0.0.1:1", [bytes(32)] * 70_000, 0.0, 1.0), LimitExceeded),
+        (FetchRequest.of("p", "ipc:///tmp/x", [], 0.0, 1.0), ProtocolError),
+        (FetchRequest.of("p", "tcp://", [], 0.0, 1.0), ProtocolError),
+        (FetchRequest.of("p", "tcp://no port", [], 0.0, 1.0), ProtocolError),
+        (FetchRequest.of("p", "tcp://127.0.0.1:1", [], float("nan"), 1.0), ProtocolError),
+        (FetchRequest.of("p", "tcp://127.0.0.1:1", [], 0.0, -1.0), ProtocolError),
+        (FetchRequest.of("p", "tcp://127.0.0.1:1", [], 0.0, 1e6), LimitExceeded),
+        (FetchRequest.of("p", "tcp://127.0.0.1:1", [bytes(32)] * 70_000, 0.0, 1.0), LimitExceeded),
     ],
 )
 def test_fetch_requests_that_are_refused(
@@ -560,7 +560,7 @@ def test_a_peer_that_answers_nonsense(ranks: Callable[..., Rank]) -> None:
     router.rcvtimeo = int(LIMIT_S * 1000)
     port = router.bind_to_random_port("tcp://127.0.0.1")
     try:
-        request = FetchRequest("p", f"tcp://127.0.0.1:{port}", list(KEYS), 0.0, 5.0)
+        request = FetchRequest.of("p", f"tcp://127.0.0.1:{port}", list(KEYS), 0.0, 5.0)
         fetch = reader.agent.fetch(request)
         asker, request_id, _ = router.recv_multipart()
         router.send_multipart([asker, b"short", b"x"])
@@ -665,7 +665,7 @@ def test_an_agent_that_fails_for_ever_gives_up(
     monkeypatch.setattr(rank.pool, "expire", broken)
     until(lambda: not rank.agent.alive)
     with pytest.raises(PeerUnreachable):
-        rank.agent.fetch(FetchRequest("p", "tcp://127.0.0.1:1", [], 0.0, 1.0)).result(LIMIT_S)
+        rank.agent.fetch(FetchRequest.of("p", "tcp://127.0.0.1:1", [], 0.0, 1.0)).result(LIMIT_S)
 
 
 def test_what_cannot_start_says_so(folder: Path) -> None:
@@ -712,9 +712,11 @@ def test_the_client_calls_concurrently_and_raises_typed_errors(two: tuple[Rank, 
         client = LocalClient(reader.path)
         try:
             waiting = asyncio.create_task(
-                client.call(FetchRequest("p", address, [bytes(32)], 0.5, 5.0), LIMIT_S)
+                client.call(FetchRequest.of("p", address, [bytes(32)], 0.5, 5.0), LIMIT_S)
             )
-            complete = await client.call(FetchRequest("p", address, list(KEYS), 0.0, 5.0), LIMIT_S)
+            complete = await client.call(
+                FetchRequest.of("p", address, list(KEYS), 0.0, 5.0), LIMIT_S
+            )
             assert isinstance(complete, FetchReply) and complete.outcome == "complete"
             assert isinstance(await client.call(InfoRequest(), LIMIT_S), InfoReply)
             assert not waiting.done()
@@ -723,7 +725,7 @@ def test_the_client_calls_concurrently_and_raises_typed_errors(two: tuple[Rank, 
             with pytest.raises(ProtocolError, match="not for a local socket"):
                 await client.call(ReleaseReply(True), LIMIT_S)
             with pytest.raises(LimitExceeded):
-                await client.call(FetchRequest("p", address, [], 0.0, 1e6), LIMIT_S)
+                await client.call(FetchRequest.of("p", address, [], 0.0, 1e6), LIMIT_S)
             with pytest.raises(ProtocolError):
                 await client.call(InfoRequest(), float("inf"))
         finally:

@@ -23,7 +23,7 @@ from sglang_memserve.protocol.control import (
     encode,
 )
 from sglang_memserve.transfer.client import error_of
-from sglang_memserve.transfer.state import Outcome, outcome_of
+from sglang_memserve.transfer.outcome import Outcome, outcome_of
 from sglang_memserve.types import Namespace
 
 NAMESPACE = Namespace("m", "1", "bfloat16", 16, 30, 3, 64, 64, 0, 1)
@@ -34,7 +34,7 @@ MESSAGES: list[Message] = [
     LeaseRequest("g", [KEY, KEY], 1, 0.5, 3.0),
     LeaseReply(2**63 - 1, [0, 2**64 - 1], []),
     ReleaseRequest("g", 5),
-    FetchRequest("http://a", "tcp://127.0.0.1:5", [KEY], 0.0, 5.0),
+    FetchRequest.of("http://a", "tcp://127.0.0.1:5", [KEY], 0.0, 5.0),
     InfoRequest(),
     ErrorReply("LeaseInvalid", "gone"),
 ]
@@ -68,7 +68,7 @@ def test_damaged_messages_are_a_message_or_one_error(data: st.DataObject) -> Non
 def test_keys_of_another_length_are_refused(size: int) -> None:
     for message in (
         LeaseRequest("g", [KEY, bytes(size)], 1, 0.0, 1.0),
-        FetchRequest("p", "tcp://a:1", [bytes(size)], 0.0, 1.0),
+        FetchRequest.of("p", "tcp://a:1", [bytes(size)], 0.0, 1.0),
     ):
         with pytest.raises(ProtocolError, match=f"{size} bytes"):
             decode(encode(message))

@@ -19,16 +19,18 @@ from sglang_memserve.protocol.control import (
     ReleaseReply,
     ReleaseRequest,
 )
+from sglang_memserve.transfer.grace import GraceLimits
 from sglang_memserve.transfer.loopback import LoopbackTransport
 from sglang_memserve.transfer.peers import PeerLimits
+from sglang_memserve.transfer.port import FetchSettings
 from sglang_memserve.transfer.session import SessionLimits, Sessions
-from sglang_memserve.transfer.state import FetchSettings
+from sglang_memserve.transfer.verify import InlineVerifier
 from sglang_memserve.types import Namespace, PageKey
 
 NAMESPACE = Namespace("m", "1", "float16", 4, 1, 1, 8, 8, 0, 1)
 KEYS = [PageKey(bytes([index + 1]) * 32) for index in range(8)]
 HELLO = Hello(1, "reader", "reader", NAMESPACE)
-LIMITS = SessionLimits(active=2, queued=2, peers=PeerLimits(2, 10.0), grace_leases=3)
+LIMITS = SessionLimits(active=2, queued=2, peers=PeerLimits(2, 10.0), grace=GraceLimits(leases=3))
 
 
 class FakeLink:
@@ -71,6 +73,7 @@ class Bench:
             self.transport,
             HELLO,
             self.open_link,
+            verifier=InlineVerifier(),
             settings=FetchSettings(),
             limits=limits,
         )
@@ -83,7 +86,7 @@ class Bench:
         return self.links[address].closed
 
     def submit(self, address: str, pages: int = 8, deadline_s: float = 5.0) -> None:
-        request = FetchRequest("p", address, list(KEYS[:pages]), 0.0, deadline_s)
+        request = FetchRequest.of("p", address, list(KEYS[:pages]), 0.0, deadline_s)
         self.sessions.submit(request, self.now, self.replies.append)
         self.sessions.check()
 
@@ -108,7 +111,8 @@ class Bench:
     def answer(self, message: Message) -> Message:
         match message:
             case Hello():
-                return HelloReply(1, "p", "boot", NAMESPACE, self.holder.metadata())
+                memory = [(self.peer_pool.arena_base, self.peer_pool.arena_bytes)]
+                return HelloReply(1, "p", "boot", NAMESPACE, self.holder.metadata(), memory)
             case LeaseRequest():
                 blocks = self.peer_pool.match([PageKey(key) for key in message.keys])
                 return LeaseReply(9, [self.peer_pool.address(block) for block in blocks], [])

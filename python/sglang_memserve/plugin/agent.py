@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -25,6 +25,7 @@ from ..protocol.handshake import layout_hash
 from ..protocol.http import (
     FetchBody,
     FetchResult,
+    FetchSource,
     Heartbeat,
     HeartbeatReply,
     InstanceInfo,
@@ -32,6 +33,7 @@ from ..protocol.http import (
     RankInfo,
     Registration,
     RegistrationReply,
+    SourceResult,
 )
 from ..transfer.client import LocalClient
 from ..types import Role
@@ -153,10 +155,10 @@ class InstanceAgent:
         return [reply.values for reply in replies if isinstance(reply, control.StatsReply)]
 
     async def fetch(self, body: FetchBody) -> FetchResult:
-        """Every rank fetches its own shard from the same rank of the source.
+        """Every rank fetches its own shard from the same rank of each source.
 
-        Raises PeerError when the source cannot be found, ProtocolError for malformed keys; a fetch
-        that could not be completed is a result whose outcome says why.
+        Raises ConfigError for malformed keys and for sources that cannot be used, PeerError when
+        none can be found; a fetch that could not be completed is a result whose outcome says why.
         """
         try:
             keys = [bytes.fromhex(key) for key in body.keys]
@@ -164,22 +166,46 @@ class InstanceAgent:
             raise ConfigError(f"page keys must be hex strings: {error}") from error
         if any(len(key) != control.KEY_BYTES for key in keys):
             raise ConfigError(f"page keys must be {control.KEY_BYTES} bytes")
-        addresses = body.source_ranks or await self._resolve(body.source)
-        if len(addresses) != len(self._ranks):
-            raise ConfigError(
-                f"{body.source} has {len(addresses)} ranks, this instance has {len(self._ranks)}"
-            )
-        requests = [
-            control.FetchRequest(body.source, address, keys, body.wait_s, body.deadline_s)
-            for address in addresses
-        ]
+        sources = body.all_sources()
+        if not sources:
+            raise ConfigError("a fetch needs a source")
+        found = await asyncio.gather(*map(self._ranks_of, sources), return_exceptions=True)
+        requests: list[list[control.Source]] = [[] for _ in self._ranks]
+        lost: dict[int, PeerError] = {}
+        for index, (source, addresses) in enumerate(zip(sources, found, strict=True)):
+            if isinstance(addresses, PeerError):
+                lost[index] = addresses
+            elif isinstance(addresses, BaseException):
+                raise addresses
+            else:
+                for rank, address in enumerate(addresses):
+                    wanted = control.Source(source.url, address, source.first_page, source.pages)
+                    requests[rank].append(wanted)
+        if len(lost) == len(sources):
+            raise lost[0]
         replies = await asyncio.gather(
             *(
-                rank.call(request, body.deadline_s + FETCH_GRACE_S)
-                for rank, request in zip(self._ranks, requests, strict=True)
+                rank.call(
+                    control.FetchRequest(parts, keys, body.wait_s, body.deadline_s),
+                    body.deadline_s + FETCH_GRACE_S,
+                )
+                for rank, parts in zip(self._ranks, requests, strict=True)
             )
         )
-        return _merge([reply for reply in replies if isinstance(reply, control.FetchReply)], keys)
+        answered = [reply for reply in replies if isinstance(reply, control.FetchReply)]
+        result = _merge(answered, sources, lost, len(keys))
+        for part in result.sources:
+            if part.outcome != "complete":
+                self.forget_source(part.url)
+        return result
+
+    async def _ranks_of(self, source: FetchSource) -> list[str]:
+        addresses = source.ranks or await self._resolve(source.url)
+        if len(addresses) != len(self._ranks):
+            raise ConfigError(
+                f"{source.url} has {len(addresses)} ranks, this instance has {len(self._ranks)}"
+            )
+        return addresses
 
     def set_role(self, role: Role) -> None:
         self.role = role
@@ -318,16 +344,39 @@ class InstanceAgent:
             return data
 
 
-def _merge(replies: Sequence[control.FetchReply], keys: Sequence[bytes]) -> FetchResult:
+def _merge(
+    replies: Sequence[control.FetchReply],
+    sources: Sequence[FetchSource],
+    lost: Mapping[int, PeerError],
+    requested_pages: int,
+) -> FetchResult:
+    """``lost``: sources that were not asked, and why."""
     incomplete = [reply.outcome for reply in replies if reply.outcome != "complete"]
+    of_ranks = iter(zip(*(reply.sources for reply in replies), strict=False))
+    results: list[SourceResult] = []
+    for index, source in enumerate(sources):
+        if index in lost:
+            results.append(SourceResult(source.url, 0, "peer_unreachable", str(lost[index])))
+            continue
+        parts = next(of_ranks, ())
+        failed = next((part for part in parts if part.outcome != "complete"), None)
+        results.append(
+            SourceResult(
+                source.url,
+                min((part.fetched_pages for part in parts), default=0),
+                failed.outcome if failed else "complete",
+                failed.detail if failed else "",
+            )
+        )
     return FetchResult(
-        requested_pages=len(keys),
+        requested_pages=requested_pages,
         present_pages=min(reply.present_pages for reply in replies),
         readable_pages=min(reply.readable_pages for reply in replies),
         fetched_pages=max(reply.fetched_pages for reply in replies),
         fetched_bytes=sum(reply.fetched_bytes for reply in replies),
         seconds=max(reply.seconds for reply in replies),
         outcome=incomplete[0] if incomplete else "complete",
+        sources=results,
     )
 
 

@@ -18,9 +18,9 @@ from ..errors import ConfigError
 from ..mempool import MemPool
 from ..transfer.agent import RankAgent
 from ..transfer.nixl import NixlTransport
+from ..transfer.port import FetchSettings
 from ..transfer.serve import ServeLimits
 from ..transfer.session import SessionLimits
-from ..transfer.state import FetchSettings
 from ..types import Namespace
 
 if TYPE_CHECKING:

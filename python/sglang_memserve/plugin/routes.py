@@ -125,14 +125,11 @@ def _routes(agent: InstanceAgent) -> APIRouter:
     async def fetch(request: Request) -> Response:
         try:
             body = msgspec.json.decode(await request.body(), type=FetchBody)
-            result = await agent.fetch(body)
+            return _json(await agent.fetch(body))
         except (msgspec.MsgspecError, RecursionError) as error:
             return _error(ProtocolError(str(error)))
         except MemServeError as error:
             return _error(error)
-        if result.outcome != "complete":
-            agent.forget_source(body.source)
-        return _json(result)
 
     @router.post("/role")
     async def role(request: Request) -> Response:

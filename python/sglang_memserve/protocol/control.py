@@ -8,7 +8,7 @@ request id (8 bytes, chosen by the asker, echoed in the answer) and one msgpack 
     LeaseRequest -> LeaseReply   pin pages and learn where they lie; may wait for pages to appear
     ReleaseRequest -> ReleaseReply   end the lease and learn whether it was valid all along
 ``local`` socket (ipc, this machine's user only), the instance's HTTP process:
-    FetchRequest -> FetchReply   make pages of a peer our own
+    FetchRequest -> FetchReply   make pages of peers our own
     SnapshotRequest -> SnapshotReply
     StatsRequest -> StatsReply
 Any request may be answered by ErrorReply.
@@ -38,13 +38,15 @@ class Hello(_Message, frozen=True):
 
 
 class HelloReply(_Message, frozen=True):
-    """``transport_metadata``: the holder's NIXL agent metadata (or the loopback's name)."""
+    """``transport_metadata``: the holder's NIXL agent metadata (or the loopback's name).
+    ``memory``: (address, bytes) of each range that it can be read from; blocks lie in these."""
 
     version: int
     instance_id: str
     generation: str
     namespace: Namespace
     transport_metadata: bytes
+    memory: list[tuple[int, int]] = []
 
 
 class LeaseRequest(_Message, frozen=True):
@@ -65,7 +67,7 @@ class LeaseReply(_Message, frozen=True):
     """``lease_id`` is 0 and ``addresses`` empty when nothing was readable.
 
     ``addresses[i]`` is the holder's virtual address of the block of ``keys[i]``;
-    ``checksums`` is empty or has one 64-bit value a block.
+    ``checksums`` is empty or has one 64-bit value a block; 0 stands for one that is not known.
     """
 
     lease_id: int
@@ -84,25 +86,53 @@ class ReleaseReply(_Message, frozen=True):
     valid: bool
 
 
-class FetchRequest(_Message, frozen=True):
-    """Make ``keys`` (a whole prefix from page 0, in chain order) readable here, reading what is
-    missing from the peer at ``peer_address`` (its ``peer`` socket).
-
-    ``wait_s``: how long to wait for pages the peer is still computing. ``deadline_s``: after this
-    the fetch ends with what it has. Never raises for a miss: the reply says how far it got.
-    """
+class Source(msgspec.Struct, frozen=True):
+    """Pages ``first_page`` and the ``pages`` - 1 after it (0: all to the end of the keys) may be
+    read from the rank whose ``peer`` socket is ``peer_address``."""
 
     peer_id: str
     peer_address: str
+    first_page: int = 0
+    pages: int = 0
+
+
+class FetchRequest(_Message, frozen=True):
+    """Make ``keys`` (a whole prefix from page 0, in chain order) readable here, reading what is
+    missing from ``sources``.
+
+    Where sources overlap, the first one listed reads a page and the others stand by for it.
+    ``wait_s``: how long to wait for pages that a source is still computing. ``deadline_s``: after
+    this the fetch ends with what it has. Never raises for a miss: the reply says how far it got.
+    """
+
+    sources: list[Source]
     keys: list[bytes]
     wait_s: float
     deadline_s: float
 
+    @classmethod
+    def of(
+        cls, peer_id: str, peer_address: str, keys: list[bytes], wait_s: float, deadline_s: float
+    ) -> FetchRequest:
+        """All pages from one peer."""
+        return cls([Source(peer_id, peer_address)], keys, wait_s, deadline_s)
+
+
+class SourceReply(msgspec.Struct, frozen=True):
+    """``fetched_pages``: moved from this source, in place of another one too. ``outcome``:
+    ``complete``, or why it did not give all that was asked of it; ``detail`` explains that."""
+
+    peer_id: str
+    fetched_pages: int
+    outcome: str
+    detail: str = ""
+
 
 class FetchReply(_Message, frozen=True):
     """``present_pages``: leading pages that were here before; ``readable_pages``: leading pages
-    readable now; ``fetched_pages``/``fetched_bytes``: moved by this fetch. ``outcome`` is
-    ``complete`` or the reason why not all keys are readable."""
+    readable now; ``fetched_pages``/``fetched_bytes``: moved by this fetch, also behind a hole.
+    ``outcome`` is ``complete`` or the reason why not all keys are readable. ``sources``: one for
+    each source of the request, in its order; empty when the fetch was not started."""
 
     present_pages: int
     readable_pages: int
@@ -110,6 +140,7 @@ class FetchReply(_Message, frozen=True):
     fetched_bytes: int
     seconds: float
     outcome: str
+    sources: list[SourceReply] = []
 
 
 class SnapshotRequest(_Message, frozen=True):

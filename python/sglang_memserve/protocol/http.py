@@ -84,18 +84,42 @@ class HeartbeatReply(msgspec.Struct, frozen=True):
     known: bool
 
 
+class FetchSource(msgspec.Struct, frozen=True):
+    """A holder of pages ``first_page`` and the ``pages`` - 1 after it (0: to the end).
+
+    ``ranks``: the ``peer_address`` of each of its ranks, if the asker knows it; else the instance
+    asks the holder's ``/memserve/info``."""
+
+    url: str
+    first_page: int = 0
+    pages: int = 0
+    ranks: list[str] | None = None
+
+
 class FetchBody(msgspec.Struct, frozen=True):
-    """``keys``: hex page keys of a whole prefix from page 0. ``source``: URL of the holder.
+    """``keys``: hex page keys of a whole prefix from page 0. ``sources``: who holds which of them;
+    ``source`` and ``source_ranks`` are short for one that holds all."""
 
-    ``source_ranks``: the holder's ``peer_address`` of each rank, if the asker knows it; else the
-    instance asks the source's ``/memserve/info``.
-    """
-
-    source: str
     keys: list[str]
+    source: str = ""
     wait_s: float = 0.0
     deadline_s: float = 5.0
     source_ranks: list[str] | None = None
+    sources: list[FetchSource] = []
+
+    def all_sources(self) -> list[FetchSource]:
+        if self.source:
+            return [FetchSource(self.source, ranks=self.source_ranks), *self.sources]
+        return self.sources
+
+
+class SourceResult(msgspec.Struct, frozen=True):
+    """As ``control.SourceReply``; over several ranks the least pages and the first failure."""
+
+    url: str
+    fetched_pages: int
+    outcome: str
+    detail: str = ""
 
 
 class FetchResult(msgspec.Struct, frozen=True):
@@ -108,3 +132,4 @@ class FetchResult(msgspec.Struct, frozen=True):
     fetched_bytes: int
     seconds: float
     outcome: str
+    sources: list[SourceResult] = []

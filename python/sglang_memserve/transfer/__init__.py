@@ -2,7 +2,13 @@
 
 ``base``      the seams: BlockStore, Pool, Transport
 ``plan``      descriptors of one read, merged and cut into submissions; pure
+``outcome``   why a fetch ended
+``port``      what a fetch needs of the world outside
+``round``     one lease, what is read under it, and its release; pure
+``holder``    one source of one fetch; pure
 ``state``     one fetch as a state machine without clock or sockets
+``verify``    checksums of what was read, in a thread of their own
+``grace``     pins that outlive their fetch
 ``loopback``  transport inside one process
 ``nixl``      transport over NIXL
 ``faulty``    a transport that fails on purpose

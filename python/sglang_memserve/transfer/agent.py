@@ -24,10 +24,10 @@ from ..protocol.control import FetchReply, FetchRequest
 from ..types import Namespace
 from .base import Pool, Transport
 from .loop import AgentConfig, AgentLoop, Submission
+from .port import FetchSettings
 from .serve import ServeLimits
 from .session import SessionLimits
 from .sockets import Wake
-from .state import FetchSettings
 
 log = logging.getLogger(__name__)
 

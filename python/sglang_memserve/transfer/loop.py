@@ -34,10 +34,11 @@ from ..protocol.control import (
 )
 from ..types import Namespace
 from .base import Pool, Transport
+from .port import FetchSettings
 from .serve import LeaseServer, ServeLimits, error_reply
 from .session import SessionLimits, Sessions
 from .sockets import Dialer, MalformedFrames, Publisher, Route, Server, Wake
-from .state import FetchSettings
+from .verify import ThreadVerifier
 
 log = logging.getLogger(__name__)
 
@@ -127,14 +128,16 @@ class AgentLoop:
 
     def _make_parts(self, config: AgentConfig) -> None:
         who = (PROTOCOL_VERSION, config.instance_id, config.generation, config.namespace)
+        memory = [(self._pool.arena_base, self._pool.arena_bytes)]
         self.server = LeaseServer(
-            self._pool, HelloReply(*who, self._transport.metadata()), config.serve
+            self._pool, HelloReply(*who, self._transport.metadata(), memory), config.serve
         )
         self.sessions = Sessions(
             self._pool,
             self._transport,
             Hello(*who),
             self._dial,
+            verifier=ThreadVerifier(self._wake.set),
             settings=config.fetch,
             limits=config.sessions,
         )
@@ -197,6 +200,7 @@ class AgentLoop:
             self._publish()
         if self.sessions.reading:
             self._read_on()
+        self.sessions.take_verdicts(time.monotonic())
         self._on_time(time.monotonic())
 
     def _read_on(self) -> None:

@@ -15,7 +15,7 @@ from ..errors import LimitExceeded
 from ..protocol import handshake
 from ..protocol.control import Hello, HelloReply, Message
 from .base import Transport
-from .state import Greeting
+from .port import Greeting
 
 
 class Link(Protocol):
@@ -106,7 +106,7 @@ class PeerTable:
         if peer.connected is None or peer.connected.generation != reply.generation:
             self.disconnect(peer)
             name = self._transport.connect(reply.transport_metadata)
-            peer.connected = Greeting(reply.generation, name)
+            peer.connected = Greeting(reply.generation, name, tuple(reply.memory))
         peer.greeting = peer.connected
         return peer.connected
 

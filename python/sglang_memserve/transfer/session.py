@@ -5,11 +5,12 @@ Belongs to the agent's thread. ``Fetch`` decides; this file sends, reads and kee
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..errors import LimitExceeded, ProtocolError, TransferFailed
+from ..errors import LimitExceeded, MemServeError, ProtocolError, TransferFailed
 from ..protocol.control import (
     FetchReply,
     FetchRequest,
@@ -19,25 +20,27 @@ from ..protocol.control import (
     Message,
     ReleaseRequest,
 )
-from .base import Lease, Pool, ReadState, Store, Transport
+from .base import Pool, ReadState, Store, Transport
+from .grace import GraceLimits, GracePins
+from .outcome import Ending, Outcome, ending_of
 from .peers import Link, Peer, PeerLimits, PeerTable
-from .state import Fetch, FetchSettings, Greeting, Outcome
+from .port import FetchSettings, Greeting
+from .state import Fetch
+from .verify import Verifier
+
+_ADDRESS = re.compile(r"tcp://[^\s/]+:[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True)
 class SessionLimits:
-    """Bounds of one rank. Fetches beyond ``active`` wait, beyond ``queued`` they are refused.
-
-    The pages of ended fetches stay pinned for a grace period, by at most ``grace_leases`` and on
-    at most ``grace_share`` of all blocks, but for the last fetch's; the oldest go first.
-    """
+    """Bounds of one rank. Fetches beyond ``active`` wait, beyond ``queued`` they are refused."""
 
     active: int = 8
     queued: int = 64
     keys: int = 65_536
     deadline_s: float = 120.0
-    grace_leases: int = 64
-    grace_share: float = 0.25
+    sources: int = 16
+    grace: GraceLimits = field(default_factory=GraceLimits)
     peers: PeerLimits = field(default_factory=PeerLimits)
 
 
@@ -50,7 +53,7 @@ class _Abandoned:
 @dataclass(slots=True)
 class _Active:
     fetch: Fetch
-    peer: Peer
+    peers: Sequence[Peer | None]
     done: Callable[[FetchReply], None]
     requests: list[int] = field(default_factory=list)
 
@@ -71,6 +74,7 @@ class SessionCounts:
     refused: int = 0
     failed_reads: int = 0
     given_up_reads: int = 0
+    damaged: int = 0
 
 
 class Sessions:
@@ -83,6 +87,7 @@ class Sessions:
         hello: Hello,
         open_link: Callable[[str], Link],
         *,
+        verifier: Verifier,
         settings: FetchSettings,
         limits: SessionLimits,
     ) -> None:
@@ -95,10 +100,13 @@ class Sessions:
         self._peers = PeerTable(transport, hello, open_link, limits.peers, in_use=self._in_use)
         self._active: list[_Active] = []
         self._queue: deque[_Queued] = deque()
-        self._requests: dict[int, _Active] = {}
+        self._requests: dict[int, tuple[_Active, int]] = {}
         self._reads: dict[int, _Active] = {}
         self._abandoned: dict[int, _Abandoned] = {}
-        self._grace: deque[tuple[float, Lease]] = deque()
+        self._grace = GracePins(limits.grace)
+        self._verifier = verifier
+        self._tickets: dict[int, _Active] = {}
+        self._next_ticket = 1
 
     # -- the agent's side --
 
@@ -125,12 +133,14 @@ class Sessions:
 
     def on_message(self, peer: Peer, request_id: int, message: Message, now: float) -> None:
         peer.used_s = now
-        active = self._requests.get(request_id)
-        if active is not None and active.peer is peer:
-            active.fetch.on_reply(request_id, message, now)
+        active, source = self._requests.get(request_id, (None, 0))
+        if active is not None and active.peers[source] is peer:
+            known = active.fetch.on_reply(source, request_id, message, now)
             self._after(active, now)
-        elif isinstance(message, LeaseReply) and message.lease_id and peer.connected is not None:
-            # Its fetch is over: nobody else will end this lease.
+            if known:
+                return
+        if isinstance(message, LeaseReply) and message.lease_id and peer.connected is not None:
+            # Nobody waits for it any more, so nobody else will end this lease.
             release = ReleaseRequest(peer.connected.generation, message.lease_id)
             self._peers.send(peer, release)
 
@@ -150,6 +160,14 @@ class Sessions:
             active.fetch.on_read_ended(handle, state, now)
             self._after(active, now)
 
+    def take_verdicts(self, now: float) -> None:
+        for ticket, damaged in self._verifier.take():
+            active = self._tickets.pop(ticket, None)
+            if active is not None:
+                self.counts.damaged += damaged is not None
+                active.fetch.on_verified(ticket, damaged, now)
+                self._after(active, now)
+
     def on_time(self, now: float) -> None:
         for active in list(self._active):
             if now >= active.fetch.wake_s:
@@ -159,8 +177,7 @@ class Sessions:
             if self._transport.poll(handle) is not ReadState.RUNNING:
                 del self._abandoned[handle]
                 abandoned.store.abort()
-        while self._grace and self._grace[0][0] <= now:
-            self._grace.popleft()[1].release()
+        self._grace.on_time(now)
         self._peers.on_time(now)
         self._start_queued(now)
 
@@ -168,12 +185,10 @@ class Sessions:
         """When ``on_time`` has something to do, at the latest."""
         if self._queue and len(self._active) < self.limits.active:
             return now
-        times = [active.fetch.wake_s for active in self._active]
-        if self._grace:
-            times.append(self._grace[0][0])
+        times = [self._grace.wake_s(), *(active.fetch.wake_s for active in self._active)]
         if self._abandoned:
             times.append(now + 0.02)
-        return min(times, default=float("inf"))
+        return min(times)
 
     def close(self, now: float) -> None:
         """End all fetches. The blocks of running reads stay out of use until ``after_close``."""
@@ -183,10 +198,9 @@ class Sessions:
         for active in list(self._active):
             active.fetch.cancel(Outcome.CLOSED, now)
             self._after(active, now)
-        for _, lease in self._grace:
-            lease.release()
-        self._grace.clear()
+        self._grace.release_all()
         self._peers.close()
+        self._verifier.close()
 
     def after_close(self) -> None:
         """The transport is closed: no read runs any more."""
@@ -204,6 +218,7 @@ class Sessions:
             "fetches_refused_total": counts.refused,
             "failed_reads_total": counts.failed_reads,
             "given_up_reads_total": counts.given_up_reads,
+            "damaged_reads_total": counts.damaged,
             "fetches_active": len(self._active),
             "fetches_queued": len(self._queue),
             "quarantined_blocks": sum(len(a.store.missing) for a in self._abandoned.values()),
@@ -216,28 +231,34 @@ class Sessions:
         self._peers.check()
         assert not self._reads.keys() & self._abandoned.keys()
         assert all(active in self._active for active in self._reads.values())
-        assert all(active in self._active for active in self._requests.values())
-        assert len(self._grace) <= self.limits.grace_leases
+        assert all(active in self._active for active, _ in self._requests.values())
+        assert all(active in self._active for active in self._tickets.values())
+        self._grace.check()
 
     # -- running a fetch --
 
     def _start(self, queued: _Queued, now: float) -> None:
-        try:
-            peer = self._peers.obtain(queued.request.peer_address, now)
-        except LimitExceeded:
-            queued.done(_not_started(queued, Outcome.LIMIT, now))
-            return
-        port = _FetchPort(self, peer)
+        ports: list[_FetchPort | Ending] = []
+        for index, source in enumerate(queued.request.sources):
+            try:
+                peer = self._peers.obtain(source.peer_address, now)
+            except MemServeError as error:
+                ports.append(ending_of(error))
+            else:
+                ports.append(_FetchPort(self, peer, index))
         fetch = Fetch(
             queued.request,
+            ports,
             arrived_s=queued.arrived_s,
             store=self._pool,
-            port=port,
             hello=self._hello,
             settings=self._settings,
         )
-        active = _Active(fetch, peer, queued.done)
-        port.active = active
+        peers = [None if isinstance(port, Ending) else port.peer for port in ports]
+        active = _Active(fetch, peers, queued.done)
+        for port in ports:
+            if isinstance(port, _FetchPort):
+                port.active = active
         self.counts.fetches += 1
         self._active.append(active)
         fetch.start(now)
@@ -254,23 +275,16 @@ class Sessions:
         self._active.remove(active)
         for request_id in active.requests:
             self._requests.pop(request_id, None)
+        for ticket in [t for t, other in self._tickets.items() if other is active]:
+            del self._tickets[ticket]
         reply = fetch.reply()
         self.counts.complete += fetch.outcome is Outcome.COMPLETE
         self.counts.pages += reply.fetched_pages
         self.counts.bytes += reply.fetched_bytes
         if fetch.grace_lease is not None:
-            self._keep(fetch.grace_lease, now + self._settings.grace_s)
+            until_s = now + self._settings.grace_s
+            self._grace.keep(fetch.grace_lease, until_s, self._pool.total_blocks)
         active.done(reply)
-
-    def _keep(self, lease: Lease, until_s: float) -> None:
-        grace, limits = self._grace, self.limits
-        grace.append((until_s, lease))
-        most_blocks = limits.grace_share * self._pool.total_blocks
-        blocks = sum(len(kept.blocks) for _, kept in grace)
-        while len(grace) > 1 and (len(grace) > limits.grace_leases or blocks > most_blocks):
-            oldest = grace.popleft()[1]
-            blocks -= len(oldest.blocks)
-            oldest.release()
 
     def _require_sane(self, request: FetchRequest) -> None:
         limits = self.limits
@@ -281,13 +295,23 @@ class Sessions:
             raise LimitExceeded(text)
         if len(request.keys) > limits.keys:
             raise LimitExceeded(f"fetch of {len(request.keys)} pages, the limit is {limits.keys}")
-        if not request.peer_address.startswith("tcp://"):
-            raise ProtocolError(f"peer address {request.peer_address!r} is not tcp://HOST:PORT")
+        if len(request.sources) > limits.sources:
+            text = f"fetch from {len(request.sources)} sources, the limit is {limits.sources}"
+            raise LimitExceeded(text)
+        for source in request.sources:
+            if not _ADDRESS.fullmatch(source.peer_address):
+                text = f"peer address {source.peer_address!r} is not tcp://HOST:PORT"
+                raise ProtocolError(text)
+            if source.first_page < 0 or source.pages < 0:
+                text = f"source of {source.pages} pages from page {source.first_page}"
+                raise ProtocolError(text)
 
     # -- peers --
 
     def _in_use(self, peer: Peer) -> bool:
-        return self.stalled(peer) or any(active.peer is peer for active in self._active)
+        return self.stalled(peer) or any(
+            peer is used for active in self._active for used in active.peers
+        )
 
     def stalled(self, peer: Peer) -> bool:
         """Whether a read from it was given up and has not ended. Nothing more is read from such a
@@ -296,37 +320,38 @@ class Sessions:
 
 
 class _FetchPort:
-    """``state.Port`` of one fetch."""
+    """``port.Port`` of one source of one fetch."""
 
-    def __init__(self, sessions: Sessions, peer: Peer) -> None:
+    def __init__(self, sessions: Sessions, peer: Peer, source: int) -> None:
+        self.peer = peer
         self._sessions = sessions
-        self._peer = peer
+        self._source = source
         self.active: _Active | None = None
 
     def send(self, message: Message) -> int:
         assert self.active is not None
-        request_id = self._sessions._peers.send(self._peer, message)
+        request_id = self._sessions._peers.send(self.peer, message)
         # Kept after the answer, so that a second one still finds its fetch.
-        self._sessions._requests[request_id] = self.active
+        self._sessions._requests[request_id] = (self.active, self._source)
         self.active.requests.append(request_id)
         return request_id
 
     def greeting(self) -> Greeting | None:
-        return self._peer.greeting
+        return self.peer.greeting
 
     def greet(self, reply: HelloReply) -> Greeting:
-        return self._sessions._peers.greet(self._peer, reply)
+        return self._sessions._peers.greet(self.peer, reply)
 
     def forget(self) -> None:
-        self._peer.greeting = None
+        self.peer.greeting = None
 
     def reconnect(self) -> None:
-        self._sessions._peers.disconnect(self._peer)
+        self._sessions._peers.disconnect(self.peer)
 
     def read(self, name: str, remote: Sequence[int], local: Sequence[int]) -> int:
         sessions = self._sessions
-        if sessions.stalled(self._peer):
-            raise TransferFailed(f"a read from {self._peer.address} that was given up still runs")
+        if sessions.stalled(self.peer):
+            raise TransferFailed(f"a read from {self.peer.address} that was given up still runs")
         assert self.active is not None
         handle = sessions._transport.read(name, remote, local, sessions._pool.block_bytes)
         sessions._reads[handle] = self.active
@@ -337,7 +362,15 @@ class _FetchPort:
         sessions.counts.given_up_reads += 1
         del sessions._reads[handle]
         sessions._transport.cancel(handle)
-        sessions._abandoned[handle] = _Abandoned(self._peer, store)
+        sessions._abandoned[handle] = _Abandoned(self.peer, store)
+
+    def verify(self, local: Sequence[int], checksums: Sequence[int]) -> int:
+        sessions = self._sessions
+        assert self.active is not None
+        ticket, sessions._next_ticket = sessions._next_ticket, sessions._next_ticket + 1
+        sessions._tickets[ticket] = self.active
+        sessions._verifier.submit(ticket, local, sessions._pool.block_bytes, checksums)
+        return ticket
 
 
 def _not_started(queued: _Queued, outcome: Outcome, now: float) -> FetchReply:
