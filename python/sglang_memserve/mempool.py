@@ -1,8 +1,8 @@
 """MemPool: one rank's KV pages in DRAM, under the verbs of the MemServe paper (section 4).
 
-Joins ``index`` (which), ``memory`` (where) and the journal of events under one lock. Sections under
-the lock touch no bytes and call nobody back; the longest are O(pages asked for), but for ``clear``
-and ``snapshot``, which are O(pages held).
+Joins ``index`` (which), ``memory`` (where) and the journal of events under one lock; what is done
+beneath it is in ``pool``. Sections under the lock touch no bytes and call nobody back; the longest
+are O(pages asked for), but for ``clear``, ``snapshot`` and a change of size, which are O(blocks).
 
 Life of a block:
 
@@ -10,7 +10,9 @@ Life of a block:
                                        FILLING --abort, free_mem------------------------> FREE
     READY --delete or clear while leased--> ORPHAN --last lease ends--> FREE
 
-    free + filling + ready + orphan = total                            (checked by ``check()``)
+    free + withdrawn + filling + ready + orphan = total                (checked by ``check()``)
+
+WITHDRAWN is FREE above the new end of a pool that is shrinking.
 
 A reader finds READY blocks only. A lease pins its blocks: they are not evicted, and a block whose
 page is removed meanwhile keeps its bytes for the lease's holder as an orphan.
@@ -20,31 +22,33 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from .errors import ConfigError, LimitExceeded, OutOfBlocks
-from .index.journal import Cleared, Dropped, Journal, Record, Stored, rebuild, to_events
-from .index.local_index import LocalIndex, Removed
-from .memory.allocator import BlockAllocator
-from .memory.arena import Arena
+from .index.journal import rebuild, to_events
+from .memory.arena import SLAB_BYTES, Arena
 from .memory.layout import BlockLayout
-from .memory.lease import LeaseTable, PoolLease, PoolStore
+from .memory.lease import PoolLease, PoolStore
+from .pool.ledger import Ledger
+from .pool.resize import Progress, Region, Resize, ResizeOutcome, ResizeResult
 from .protocol.events import Event, Snapshot
 from .types import BlockId, Generation, Namespace, PageKey, Tier
 
-__all__ = ["MemPool", "PoolLease", "PoolStore"]
+__all__ = ["MemPool", "PoolLease", "PoolStore", "Progress", "Resize", "ResizeOutcome"]
+__all__ += ["ResizeResult"]
 
 MAX_SUBSCRIBERS = 64
-MIN_JOURNAL_PAGES = 65_536
+MAX_RESIZE_WAIT_S = 600.0
+_RESIZE_POLL_S = 0.005
 
 
 class MemPool:
     """Thread-safe. Implements ``transfer.base.BlockStore``.
 
     ``arena_bytes`` is rounded down to whole blocks; ConfigError if that is none, or more than the
-    machine has. ``clock`` gives seconds and times leases. ``on_events`` is called, on any thread
-    and outside the lock, after new events can be drained.
+    machine has. It may change later up to ``reserve_bytes`` (the machine's memory if None), in
+    slabs of about ``slab_bytes``. ``clock`` gives seconds and times leases. ``on_events`` is
+    called, on any thread and outside the lock, after new events can be drained.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class MemPool:
         *,
         arena_bytes: int,
         generation: Generation | str,
+        reserve_bytes: int | None = None,
+        slab_bytes: int = SLAB_BYTES,
         clock: Callable[[], float] = time.monotonic,
         max_leases: int = 4096,
         max_lease_ttl_s: float = 3600.0,
@@ -61,26 +67,23 @@ class MemPool:
         self.namespace = namespace
         self.generation = Generation(generation)
         self.layout = BlockLayout.of(namespace)
-        self.total_blocks = arena_bytes // self.layout.block_bytes
-        if self.total_blocks <= 0:
-            raise ConfigError(
-                f"a DRAM pool of {arena_bytes} bytes holds no block of "
-                f"{self.layout.block_bytes} bytes; give --mempool-dram a larger size"
-            )
-        self.arena = Arena(self.total_blocks, self.layout.block_bytes)
-        self._clock = clock
+        self.arena = Arena(
+            self._blocks_in(arena_bytes),
+            self.layout.block_bytes,
+            reserve_bytes=reserve_bytes,
+            slab_bytes=slab_bytes,
+        )
         self._on_events = on_events
         self._lock = threading.Lock()
-        self._closed = False
-        self._allocator = BlockAllocator(self.total_blocks)
-        self._index = LocalIndex(self.total_blocks)
-        self._leases = LeaseTable(max_leases, max_lease_ttl_s)
-        self._journal = Journal(max(MIN_JOURNAL_PAGES, 2 * self.total_blocks))
-        self._unpublished: set[BlockId] = set()
-        self._stores: set[PoolStore] = set()
-        self._filling: dict[PageKey, PoolStore] = {}
+        self._ledger = Ledger(
+            self.arena.total_blocks,
+            clock=clock,
+            max_leases=max_leases,
+            max_lease_ttl_s=max_lease_ttl_s,
+        )
+        self._resize: Resize | None = None
+        self._resizer: str | None = None
         self._subscribers: list[Callable[[], None]] = []
-        self._counts: Counter[str] = Counter()
 
     # -- geometry --
 
@@ -89,13 +92,25 @@ class MemPool:
         return self.layout.block_bytes
 
     @property
+    def total_blocks(self) -> int:
+        """Changes with ``resize``."""
+        return self._ledger.total_blocks
+
+    @property
     def arena_base(self) -> int:
         """Virtual address of block 0."""
         return self.arena.base
 
     @property
     def arena_bytes(self) -> int:
-        return self.arena.nbytes
+        """Of the blocks in use; they lie one after the other from ``arena_base`` on."""
+        return self.total_blocks * self.block_bytes
+
+    def regions(self) -> list[Region]:
+        """The memory in use as (virtual address, bytes), one entry a slab: what is to be
+        registered, each by itself."""
+        with self._lock:
+            return [self.arena.region(slab) for slab in self.arena.slabs]
 
     def address(self, block: BlockId) -> int:
         return self.arena.address(block)
@@ -115,16 +130,8 @@ class MemPool:
         if count < 0:
             raise ConfigError(f"alloc_mem of {count} blocks")
         with self._lock:
-            self._end_expired()
-            # Orphans are pinned, so what is not pinned and not being filled is free or evictable.
-            most = self.total_blocks - self._filling_blocks() - self._index.pinned_blocks
-            evicted = self._make_room(count) if count <= most and not self._closed else False
-            blocks = None if self._closed else self._allocator.allocate(count)
-            if blocks is None:
-                self._counts["blocks_denied_total"] += count
-                free = self._allocator.free_blocks
-            else:
-                self._unpublished.update(blocks)
+            blocks, evicted = self._ledger.allocate(count)
+            free = self._ledger.allocator.free_blocks
         self._notify(wrote=evicted, published=False)
         if blocks is None:
             raise OutOfBlocks(
@@ -136,10 +143,10 @@ class MemPool:
     def free_mem(self, blocks: Sequence[BlockId]) -> None:
         """Give back blocks of ``alloc_mem`` that were not inserted."""
         with self._lock:
-            if self._closed:
+            if self._ledger.closed:
                 return
-            self._take_unpublished(blocks)
-            self._allocator.free(blocks)
+            self._ledger.take_unpublished(blocks)
+            self._ledger.allocator.free(blocks)
 
     # -- the paper's index verbs --
 
@@ -153,10 +160,10 @@ class MemPool:
         """
         assert len(keys) == len(blocks), (len(keys), len(blocks))
         with self._lock:
-            if self._closed:
+            if self._ledger.closed:
                 return 0
-            self._take_unpublished(blocks)
-            published = self._publish(keys, parent, list(enumerate(blocks)))
+            self._ledger.take_unpublished(blocks)
+            published = self._ledger.publish(keys, parent, list(enumerate(blocks)))
         self._notify(wrote=published > 0, published=published > 0)
         return published
 
@@ -164,15 +171,15 @@ class MemPool:
         """Blocks of the leading readable run of ``keys``. Pins nothing and changes no recency: to
         read bytes, ``acquire``."""
         with self._lock:
-            return self._index.match(keys)
+            return self._ledger.index.match(keys)
 
     def delete(self, keys: Sequence[PageKey]) -> int:
         """Drop those of ``keys`` that are readable, but not what hangs under them; returns how
         many there were."""
         with self._lock:
-            self._end_expired()
-            removed = self._index.remove(keys)
-            self._drop(removed, "deleted_pages_total")
+            self._ledger.end_expired()
+            removed = self._ledger.index.remove(keys)
+            self._ledger.drop(removed, "deleted_pages_total")
         self._notify(wrote=bool(removed.keys), published=False)
         return len(removed.keys)
 
@@ -180,23 +187,16 @@ class MemPool:
         """Drop every page at once. Leased blocks keep their bytes until their last lease ends;
         stores under way end as usual but publish nothing."""
         with self._lock:
-            if self._closed:
+            if self._ledger.closed:
                 return
-            self._end_expired()
-            removed = self._index.clear()
-            self._allocator.free(removed.blocks)
-            self._counts["cleared_pages_total"] += len(removed.keys)
-            for store in self._stores:
-                store.flushed = True
-            self._filling.clear()
-            self._journal.write((Cleared(),))
+            self._ledger.clear()
         self._notify(wrote=True, published=False)
 
     # -- BlockStore: what transfer and the engine use --
 
     def readable_pages(self, keys: Sequence[PageKey]) -> int:
         with self._lock:
-            return self._index.leading(keys)
+            return self._ledger.index.leading(keys)
 
     def acquire(self, keys: Sequence[PageKey], *, owner: str, ttl_s: float) -> PoolLease:
         """Pin the leading readable run of ``keys`` for ``ttl_s`` seconds and count it as used.
@@ -205,41 +205,28 @@ class MemPool:
         burden and needs no release. Raises LimitExceeded.
         """
         with self._lock:
-            self._end_expired()
-            self._leases.require_allowed(ttl_s)
-            blocks = self._index.match(keys)
-            self._counts["lookups_total"] += 1
-            self._counts["lookup_pages_total"] += len(keys)
-            self._counts["hit_pages_total"] += len(blocks)
-            deadline_s = self._clock() + ttl_s
-            lease = PoolLease(blocks, owner, deadline_s, self._clock, self._end_lease)
-            if blocks:
-                self._index.touch(blocks)
-                self._index.pin(blocks)
-                self._leases.add(lease)
-            return lease
+            return self._ledger.acquire(keys, owner, ttl_s, self._end_lease)
 
     def prepare_store(self, keys: Sequence[PageKey], *, parent: PageKey | None = None) -> PoolStore:
         """Blocks for those of ``keys`` (a chain under ``parent``) that are neither readable nor
         being filled, evicting others if need be; see ``transfer.base.BlockStore``."""
         with self._lock:
-            self._end_expired()
-            store, evicted = self._begin_store(keys, parent)
+            store, evicted = self._ledger.begin_store(keys, parent, self._end_store)
         self._notify(wrote=evicted, published=False)
         return store
 
     def release_owner(self, owner: str) -> int:
         """End all leases of ``owner``; returns how many there were."""
         with self._lock:
-            leases = self._leases.end_owner(owner)
-            self._unpin(leases)
+            leases = self._ledger.leases.end_owner(owner)
+            self._ledger.unpin(leases)
             return len(leases)
 
     def expire(self) -> int:
         """End leases whose deadline has passed; returns how many. Every call that gives out
         blocks or leases does this too."""
         with self._lock:
-            return self._end_expired()
+            return self._ledger.end_expired()
 
     def subscribe(self, on_readable: Callable[[], None]) -> None:
         """Call back, on any thread and outside the lock, after pages became readable."""
@@ -261,205 +248,133 @@ class MemPool:
         Numbers have no holes unless nobody drained for long; then the oldest batches were dropped,
         and who sees the hole takes the snapshot."""
         with self._lock:
-            batches = self._journal.drain()
+            batches = self._ledger.journal.drain()
         page_size = self.namespace.page_size
         return [(batch.seq, to_events(batch.records, page_size, Tier.DRAM)) for batch in batches]
 
     def snapshot(self) -> Snapshot:
         """All pages, as the events that rebuild them, true right after batch ``seq``."""
         with self._lock:
-            keys, parents = self._index.pages()
-            seq = self._journal.last_seq
+            keys, parents = self._ledger.index.pages()
+            seq = self._ledger.journal.last_seq
         events = to_events(rebuild(keys, parents), self.namespace.page_size, Tier.DRAM)
         return Snapshot(self.generation, seq, events)
+
+    # -- size --
+
+    def resize(self, total_bytes: int, *, wait_s: float = 0.0) -> ResizeResult:
+        """Grow or shrink to ``total_bytes`` (rounded down to whole blocks, then up to a slab's end
+        when shrinking), for a pool that stands alone. Copies what it moves on this thread.
+
+        Shrinking moves pages down and evicts the least recently used when they do not fit. Leased
+        blocks and blocks being filled are waited for up to ``wait_s`` seconds; with 0 they refuse
+        it at once. Raises as ``prepare_resize``, and ConfigError when an agent owns the size.
+        """
+        if self._resizer is not None:
+            raise ConfigError(f"{self._resizer} changes this pool's size: ask it")
+        # Not the pool's clock: that one times leases, and may be a test's.
+        until_s = time.monotonic() + require_wait(wait_s)
+        change = self.prepare_resize(total_bytes)
+        try:
+            if wait_s == 0 and not change.blockers().none:
+                return change.abort(str(change.blockers()))
+            while (progress := change.vacate()) is not Progress.DONE:
+                if time.monotonic() >= until_s and progress is Progress.BLOCKED:
+                    return change.abort(str(change.blockers()))
+                if progress is Progress.BLOCKED:
+                    time.sleep(_RESIZE_POLL_S)
+            return change.complete()
+        except BaseException:
+            change.abort()
+            raise
+
+    def prepare_resize(self, total_bytes: int) -> Resize:
+        """For who registers memory: the first step of a resize, which its owner walks through.
+
+        Raises ConfigError for a size that cannot be, LimitExceeded for too many slabs and while
+        another resize is under way.
+        """
+        target_blocks = self._blocks_in(total_bytes)
+        with self._lock:
+            if self._ledger.closed:
+                raise ConfigError("the pool is closed")
+            if self._resize is not None:
+                raise LimitExceeded("another change of the pool's size is under way")
+            self._resize = Resize(
+                self._lock,
+                self._ledger,
+                self.arena,
+                target_blocks,
+                on_evicted=self._on_evicted,
+                on_end=self._on_resized,
+            )
+            return self._resize
+
+    def own_resizing(self, owner: str | None) -> None:
+        """``owner`` registers this memory, so only it may change its size (None: nobody does)."""
+        self._resizer = owner
+
+    def _on_evicted(self) -> None:
+        self._notify(wrote=True, published=False)
+
+    def _on_resized(self) -> None:
+        """The lock is held."""
+        self._resize = None
+
+    def _blocks_in(self, nbytes: int) -> int:
+        blocks = nbytes // self.layout.block_bytes
+        if blocks <= 0:
+            raise ConfigError(
+                f"a DRAM pool of {nbytes} bytes holds no block of "
+                f"{self.layout.block_bytes} bytes; give it a larger size (--mempool-dram)"
+            )
+        return blocks
 
     # -- state --
 
     def stats(self) -> dict[str, float]:
         """Gauges and counters; ``docs/mempool.md`` explains each."""
         with self._lock:
-            values = {
-                "total_blocks": self.total_blocks,
-                "free_blocks": self._allocator.free_blocks,
-                "filling_blocks": self._filling_blocks(),
-                "ready_blocks": len(self._index),
-                "orphan_blocks": self._index.orphan_blocks,
-                "pinned_blocks": self._index.pinned_blocks,
-                "block_bytes": self.block_bytes,
-                "leases": len(self._leases),
-                "stores": len(self._stores),
-                "event_seq": self._journal.last_seq,
-                "event_batches_waiting": self._journal.waiting_batches,
-                "event_batches_dropped_total": self._journal.dropped_batches,
-            }
-            for name in COUNTERS:
-                values[name] = self._counts[name]
-        return {name: float(value) for name, value in values.items()}
+            values = self._ledger.stats()
+            slabs = len(self.arena.slabs)
+        sizes = {
+            "block_bytes": self.block_bytes,
+            "slabs": slabs,
+            "capacity_blocks": self.arena.capacity_blocks,
+        }
+        return {**values, **{name: float(value) for name, value in sizes.items()}}
 
     def close(self) -> None:
         """Ends every lease, forgets every page and lets go of the memory. A copy under way in
-        another thread stays harmless: memory is unmapped after the last array over it. Stores and
-        leases that end later do nothing. No events: who mirrors this pool sees its instance go."""
+        another thread stays harmless: memory is unmapped after the last array over it. Stores,
+        leases and a resize that end later do nothing. No events: who mirrors this pool sees its
+        instance go."""
         with self._lock:
-            if self._closed:
+            if self._ledger.closed:
                 return
-            self._closed = True
-            self._leases.end_all()
-            self._index.clear()
-            self._filling.clear()
-            self._stores.clear()
-            self._unpublished.clear()
-            self._journal.drain()
+            self._ledger.close()
         self.arena.close()
 
     def check(self) -> None:
         """Invariants of the whole pool, conservation of blocks among them; O(total blocks)."""
         with self._lock:
-            if self._closed:
+            if self._ledger.closed:
                 return
-            for part in (self._index, self._allocator, self._leases, self._journal, self.arena):
-                part.check()
-            stored = [block for store in self._stores for _, block in store.missing]
-            filling = self._unpublished.union(stored)
-            assert len(filling) == self._filling_blocks() == len(self._unpublished) + len(stored)
-            keys, _ = self._index.pages()
-            ready = set(self._index.match(keys))
-            orphans = self._index.orphans()
-            assert not filling & ready and not filling & orphans and not ready & orphans
-            assert filling | ready | orphans == self._allocator.used(), "blocks are not conserved"
-            pins = Counter(self._leases.pinned())
-            for store in self._stores:
-                pins.update(store.held)
-            assert pins == self._index.pins(), "pins and their holders differ"
-            for key, store in self._filling.items():
-                assert store in self._stores and not store.flushed, key
-
-    # -- inside; the lock is held --
-
-    def _filling_blocks(self) -> int:
-        return len(self._unpublished) + sum(len(store.missing) for store in self._stores)
-
-    def _make_room(self, count: int) -> bool:
-        """Evict until ``count`` blocks are free or nothing is left to evict; whether it did."""
-        short = count - self._allocator.free_blocks
-        if short <= 0:
-            return False
-        removed = self._index.evict(short)
-        self._drop(removed, "evicted_pages_total")
-        return bool(removed.keys)
-
-    def _drop(self, removed: Removed, counter: str) -> None:
-        if removed.keys:
-            self._allocator.free(removed.blocks)
-            self._counts[counter] += len(removed.keys)
-            self._journal.write((Dropped(removed.keys),))
-
-    def _take_unpublished(self, blocks: Sequence[BlockId]) -> None:
-        for block in blocks:
-            assert block in self._unpublished, f"block {block} does not come from alloc_mem"
-            self._unpublished.remove(block)
-
-    def _begin_store(
-        self, keys: Sequence[PageKey], parent: PageKey | None
-    ) -> tuple[PoolStore, bool]:
-        held: list[BlockId] = []
-        wanted: dict[PageKey, int] = {}
-        above = None if parent is None else self._index.get(parent)
-        if above is not None:
-            held.append(above)
-        for position, key in enumerate(keys):
-            block = self._index.get(key)
-            if block is not None:
-                held.append(block)
-            elif key not in self._filling and key not in wanted:
-                wanted[key] = position
-        self._index.touch(held)
-        # Pinned before room is made: evicting the head to store the tail would be absurd.
-        self._index.pin(held)
-        evicted = self._make_room(len(wanted)) if not self._closed else False
-        given = 0 if self._closed else min(len(wanted), self._allocator.free_blocks)
-        blocks = self._allocator.allocate(given)
-        assert blocks is not None, given
-        self._counts["blocks_denied_total"] += len(wanted) - given
-        # strict=False: wanted ends early where blocks ran out.
-        missing = list(zip(wanted.values(), blocks, strict=False))
-        store = PoolStore(keys, parent, missing, held, self._end_store)
-        if missing:
-            self._stores.add(store)
-            for position, _ in missing:
-                self._filling[keys[position]] = store
-        else:
-            store.ended = True
-            self._index.unpin(held)
-        return store, evicted
-
-    def _publish(
-        self,
-        keys: Sequence[PageKey],
-        parent: PageKey | None,
-        filled: Sequence[tuple[int, BlockId]],
-    ) -> int:
-        """Make ``filled`` (positions in ``keys`` and their blocks) readable; returns how many.
-        A block whose key is readable already is freed."""
-        fresh: dict[PageKey, BlockId] = {}
-        parents: list[PageKey | None] = []
-        for position, block in filled:
-            key = keys[position]
-            if key in self._index or key in fresh:
-                self._allocator.free((block,))
-                continue
-            fresh[key] = block
-            parents.append(keys[position - 1] if position else parent)
-        if not fresh:
-            return 0
-        linked = self._index.insert(list(fresh), list(fresh.values()), parents)
-        records: list[Record] = []
-        chain: list[PageKey] = []
-        for key, above in zip(fresh, linked, strict=True):
-            if not chain or above != chain[-1]:
-                chain = []
-                records.append(Stored(chain, above))
-            chain.append(key)
-        self._journal.write(records)
-        self._counts["stored_pages_total"] += len(fresh)
-        return len(fresh)
-
-    def _end_expired(self) -> int:
-        leases = self._leases.end_expired(self._clock())
-        self._counts["leases_expired_total"] += len(leases)
-        self._unpin(leases)
-        return len(leases)
-
-    def _unpin(self, leases: Sequence[PoolLease]) -> None:
-        for lease in leases:
-            self._allocator.free(self._index.unpin(lease.blocks))
+            change = self._resize
+            self.arena.check()
+            self._ledger.check([] if change is None else change.moving_blocks)
+            if change is None:
+                assert self.arena.total_blocks == self.total_blocks, self.arena.total_blocks
 
     # -- callbacks of leases and stores --
 
     def _end_lease(self, lease: PoolLease) -> None:
         with self._lock:
-            if not lease.blocks:
-                lease.ended = True
-            elif self._leases.end(lease):
-                self._unpin((lease,))
+            self._ledger.end_lease(lease)
 
     def _end_store(self, store: PoolStore, count: int) -> None:
         with self._lock:
-            if store.ended:
-                return
-            store.ended = True
-            if self._closed:
-                return
-            self._stores.remove(store)
-            for position, _ in store.missing:
-                if self._filling.get(store.keys[position]) is store:
-                    del self._filling[store.keys[position]]
-            if store.flushed:
-                count = 0
-            published = self._publish(store.keys, store.parent, store.missing[:count])
-            self._allocator.free([block for _, block in store.missing[count:]])
-            self._counts["aborted_pages_total"] += len(store.missing) - count
-            self._allocator.free(self._index.unpin(store.held))
+            published = self._ledger.end_store(store, count)
         self._notify(wrote=published > 0, published=published > 0)
 
     def _notify(self, *, wrote: bool, published: bool) -> None:
@@ -471,15 +386,8 @@ class MemPool:
                 on_readable()
 
 
-COUNTERS = (
-    "lookups_total",
-    "lookup_pages_total",
-    "hit_pages_total",
-    "stored_pages_total",
-    "aborted_pages_total",
-    "evicted_pages_total",
-    "deleted_pages_total",
-    "cleared_pages_total",
-    "blocks_denied_total",
-    "leases_expired_total",
-)
+def require_wait(wait_s: float) -> float:
+    """Written so that NaN is refused too."""
+    if not 0 <= wait_s <= MAX_RESIZE_WAIT_S:
+        raise LimitExceeded(f"wait of {wait_s} s, allowed are 0 to {MAX_RESIZE_WAIT_S:g} s")
+    return wait_s

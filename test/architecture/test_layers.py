@@ -27,8 +27,9 @@ ALLOWED: dict[str, frozenset[str]] = {
     "index": SAYING,
     "memory": SAYING,
     "transfer": SAYING,
-    "mempool": SAYING | {"index", "memory", "transfer"},
-    "plugin": SAYING | {"mempool", "index", "memory", "transfer"},
+    "pool": SAYING | {"index", "memory"},
+    "mempool": SAYING | {"index", "memory", "transfer", "pool"},
+    "plugin": SAYING | {"mempool", "index", "memory", "transfer", "pool"},
     "router": SAYING | {"index"},
 }
 # Entries stand on top of everything, but the plugin and the router meet in none of them: they

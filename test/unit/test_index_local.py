@@ -217,13 +217,24 @@ def test_a_page_moves_to_another_block_with_all_that_is_known_of_it(forest: Fore
     assert forest.index.pages() == ([], [])
 
 
-def test_only_a_resident_page_without_pins_moves_and_only_where_nothing_is(forest: Forest) -> None:
+def test_only_a_resident_page_moves_and_only_where_nothing_is(forest: Forest) -> None:
     forest.add("ab")
-    forest.pin("a")
-    for source, target in ("az", "ba", "yz"):
+    for source, target in ("ba", "yz"):
         with pytest.raises(AssertionError):
             forest.index.relocate(forest.blocks(source)[0], forest.blocks(target)[0])
         forest.index.check()
+
+
+def test_a_pinned_page_that_moves_leaves_an_orphan_to_its_reader(forest: Forest) -> None:
+    forest.add("ab")
+    forest.pin("b")
+    source, target = forest.blocks("bz")
+    forest.index.relocate(source, target)
+    forest.index.check()
+    assert forest.index.orphans() == {source} and forest.index.key_of(source) is None
+    assert forest.index.key_of(target) == key("b")
+    assert forest.index.unpin([source]) == [source]
+    assert forest.evict(9) == "ba"
 
 
 def test_more_blocks_may_come() -> None:

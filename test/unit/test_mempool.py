@@ -193,7 +193,7 @@ def test_short_leases_do_not_pile_up(pool: MemPool) -> None:
     for _ in range(1000):
         pool.acquire(chain("a", 1), owner="o", ttl_s=3000).release()
     pool.check()
-    assert len(pool._leases._deadlines) <= 64
+    assert len(pool._ledger.leases._deadlines) <= 64
 
 
 def test_clear_spares_the_bytes_of_leases_and_flushes_stores(pool: MemPool) -> None:

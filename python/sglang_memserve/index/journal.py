@@ -75,6 +75,9 @@ class Journal:
     def waiting_batches(self) -> int:
         return len(self._batches)
 
+    def raise_limit(self, limit: int) -> None:
+        self._limit = max(self._limit, limit)
+
     def write(self, records: Sequence[Record]) -> None:
         batch = Batch(self._next, records)
         self._next += 1

@@ -112,6 +112,10 @@ class LocalIndex:
     def get(self, key: PageKey) -> BlockId | None:
         return self._block_of.get(key)
 
+    def key_of(self, block: BlockId) -> PageKey | None:
+        """The page in ``block``; None for an orphan and where there is none."""
+        return self._key[block]
+
     def pages(self) -> tuple[list[PageKey], list[PageKey | None]]:
         """All resident keys and, in the same order, their parents' keys."""
         parent = self._parent
@@ -228,17 +232,19 @@ class LocalIndex:
     def relocate(self, source: BlockId, target: BlockId) -> None:
         """The page of ``source`` lies in ``target`` from now on, as recent as it was.
 
-        ``source`` must be resident and not pinned, ``target`` not in use: a reader holds block
-        numbers for as long as it has them pinned.
+        ``source`` must be resident, ``target`` not in use. A reader holds block numbers for as
+        long as it has them pinned: a pinned ``source`` stays in place for it, as an orphan.
         """
         key = self._key[source]
-        assert key is not None and not self._pins[source], f"block {source} is not free to move"
+        assert key is not None, f"block {source} is not resident"
         assert self._key[target] is None and not self._pins[target], f"block {target} is in use"
         self._block_of[key] = target
         for column in (self._key, self._parent):
             column[target], column[source] = column[source], None
         self._children[target], self._children[source] = self._children[source], 0
         self._stamp[target] = self._stamp[source]
+        if self._pins[source]:
+            self._orphans.add(source)
         if not self._children[target]:
             self._leaves.offer(target, self._stamp[target])
 

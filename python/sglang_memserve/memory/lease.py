@@ -5,7 +5,7 @@ Both carry a callback into the pool that made them; all bookkeeping happens ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from types import TracebackType
 
@@ -116,6 +116,16 @@ class LeaseTable:
 
     def end_all(self) -> list[PoolLease]:
         return self._end_all([lease for held in self._owners.values() for lease in held.values()])
+
+    def latest_deadline_s(self, blocks: Container[BlockId]) -> float | None:
+        """When the last lease on any of ``blocks`` ends by itself; None when there is none."""
+        deadlines = (
+            lease.deadline_s
+            for held in self._owners.values()
+            for lease in held.values()
+            if any(block in blocks for block in lease.blocks)
+        )
+        return max(deadlines, default=None)
 
     def pinned(self) -> Iterable[BlockId]:
         """Every pin a lease holds: a block as often as it is leased."""

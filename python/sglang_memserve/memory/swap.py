@@ -251,8 +251,9 @@ class DevicePool:
 
 @dataclass(frozen=True, slots=True)
 class ArenaViews:
-    """``words``: the arena as ``[blocks, words of a block]``. ``bounds``: where the columns of each
-    device tensor begin, and the end. ``columns``: these columns, ``[blocks, words of a row]``."""
+    """``words``: the arena as ``[blocks, words of a block]``, blocks included that it may grow by.
+    ``bounds``: where the columns of each device tensor begin, and the end. ``columns``: these
+    columns, ``[blocks, words of a row]``."""
 
     arena: Arena
     words: torch.Tensor
@@ -262,7 +263,7 @@ class ArenaViews:
     @classmethod
     def of(cls, arena: Arena, layout: BlockLayout, word_bytes: int) -> ArenaViews:
         assert arena.block_bytes == layout.block_bytes, (arena.block_bytes, layout)
-        words = torch.from_numpy(arena.view).view(_WORDS[word_bytes])
+        words = torch.from_numpy(arena.reserved).view(_WORDS[word_bytes])
         bounds = [
             offset // word_bytes
             for layer in range(layout.num_layers)

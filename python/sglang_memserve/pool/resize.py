@@ -1,0 +1,167 @@
+"""One change of a pool's size, step by step.
+
+The pool knows no network, and memory must be registered with it before it is used, and must not be
+given back before that is undone. So a resize is a value that its owner walks through:
+
+    grow     register ``adds``                                 then ``complete`` (or ``abort``)
+    shrink   ``vacate`` until it says DONE, unregister ``removes``, then ``complete`` (or ``abort``)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from ..memory.arena import Arena, Slab
+from ..types import BlockId
+from .ledger import Ledger
+from .shrink import Blockers, Shrink
+
+MOVE_BYTES = 16 << 20
+
+Region = tuple[int, int]
+"""Virtual address and length in bytes."""
+
+
+class Progress(Enum):
+    DONE = "done"
+    WORKING = "working"
+    BLOCKED = "blocked"
+
+
+class ResizeOutcome(Enum):
+    """``REFUSED``: the pool is as large as before, and ``reason`` says why."""
+
+    RESIZED = "resized"
+    UNCHANGED = "unchanged"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeResult:
+    outcome: ResizeOutcome
+    total_blocks: int
+    total_bytes: int
+    moved_pages: int
+    evicted_pages: int
+    reason: str = ""
+
+
+class Resize:
+    """Made by ``MemPool.prepare_resize``; must be ended by ``complete`` or ``abort``. Thread-safe
+    towards the pool, but for one thread itself.
+
+    ``adds`` and ``removes`` are the memory of whole slabs; both are empty where the size stays.
+    """
+
+    def __init__(
+        self,
+        lock: threading.Lock,
+        ledger: Ledger,
+        arena: Arena,
+        target_blocks: int,
+        *,
+        on_evicted: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        """The lock is held. Raises what ``Arena.grow`` raises."""
+        self._lock = lock
+        self._ledger = ledger
+        self._arena = arena
+        self._on_evicted = on_evicted
+        self._on_end = on_end
+        self._ended = False
+        self._before = ledger.total_blocks
+        self._shrink: Shrink | None = None
+        added: list[Slab] = []
+        removed: list[Slab] = []
+        if target_blocks > self._before:
+            added = arena.grow(target_blocks)
+        else:
+            removed = arena.slabs_above(target_blocks)
+        if removed:
+            self._shrink = Shrink(ledger, removed[0].first)
+        self.adds: list[Region] = [arena.region(slab) for slab in added]
+        self.removes: list[Region] = [arena.region(slab) for slab in removed]
+
+    @property
+    def moving_blocks(self) -> list[BlockId]:
+        """Blocks that are pinned because they are being copied."""
+        return [] if self._shrink is None else [move.source for move in self._shrink.moves]
+
+    def vacate(self) -> Progress:
+        """A bounded piece of the work: DONE when nothing is in the way of ``complete``, BLOCKED
+        when only others' leases and stores are."""
+        shrink = self._shrink
+        if shrink is None:
+            return Progress.DONE
+        with self._lock:
+            if shrink.is_empty():
+                return Progress.DONE
+            evicted = shrink.evicted_pages
+            moves = shrink.begin_moves(max(1, MOVE_BYTES // self._arena.block_bytes))
+            blocks = self._arena.reserved
+        for source, target in moves:
+            blocks[target] = blocks[source]
+        with self._lock:
+            shrink.end_moves()
+            if shrink.is_empty():
+                progress = Progress.DONE
+            else:
+                progress = Progress.BLOCKED if shrink.round_over else Progress.WORKING
+        if shrink.evicted_pages > evicted:
+            self._on_evicted()
+        return progress
+
+    def blockers(self) -> Blockers:
+        with self._lock:
+            if self._shrink is None or self._ledger.closed:
+                return Blockers(0, 0, 0, 0.0)
+            return self._shrink.blockers()
+
+    def complete(self) -> ResizeResult:
+        """The pool has its new size. After ``vacate`` said DONE."""
+        with self._lock:
+            assert not self._ended, "the resize has ended"
+            if not self._ledger.closed:
+                if self._shrink is not None:
+                    self._shrink.complete()
+                    self._arena.shrink(self._ledger.total_blocks)
+                elif self.adds:
+                    self._ledger.grow(self._arena.total_blocks)
+            changed = bool(self.adds or self.removes)
+            self._ledger.counts["resizes_total"] += changed
+            self._end()
+        return self._result(ResizeOutcome.RESIZED if changed else ResizeOutcome.UNCHANGED)
+
+    def abort(self, reason: str = "") -> ResizeResult:
+        """The pool keeps its size; pages that moved or went meanwhile do not come back.
+        Idempotent, and nothing after ``complete``."""
+        with self._lock:
+            if not self._ended:
+                if not self._ledger.closed:
+                    if self._shrink is not None:
+                        self._shrink.abort()
+                    elif self.adds:
+                        self._arena.shrink(self._before)
+                self._ledger.counts["resizes_refused_total"] += 1
+                self._end()
+        return self._result(ResizeOutcome.REFUSED, reason)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._on_end()
+
+    def _result(self, outcome: ResizeOutcome, reason: str = "") -> ResizeResult:
+        total = self._ledger.total_blocks
+        shrink = self._shrink
+        return ResizeResult(
+            outcome,
+            total,
+            total * self._arena.block_bytes,
+            0 if shrink is None else shrink.moved_pages,
+            0 if shrink is None else shrink.evicted_pages,
+            reason,
+        )
