@@ -11,7 +11,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from hashlib import sha256
+from typing import cast
 
+from .kernels import native
 from .types import PageKey, ShortKey
 
 _NAMESPACE_TAG = b"sglang-cache-namespace-v1"
@@ -37,17 +39,29 @@ def page_keys(tokens: Sequence[int], page_size: int, seed: bytes | None = None) 
     """Keys of all full pages of ``tokens``; the incomplete last page has none.
 
     ``seed`` is the digest the chain goes on from: a namespace seed or the key of the page before.
-    Raises ValueError for a token id outside 0 .. 2**32 - 1.
+    Raises ValueError for a token id outside 0 .. 2**32 - 1, or a seed that is not 32 bytes.
     """
+    ops = native()
+    if ops is None:
+        return portable_page_keys(tokens, page_size, seed)
+    return cast(list[PageKey], ops.page_keys(tokens, page_size, seed or b""))
+
+
+def portable_page_keys(
+    tokens: Sequence[int], page_size: int, seed: bytes | None = None
+) -> list[PageKey]:
+    """As ``page_keys``, without native code."""
     if page_size <= 0:
         raise ValueError(f"page size must be positive, got {page_size}")
+    parent = seed or b""
+    if len(parent) not in (0, 32):
+        raise ValueError(f"a parent digest has 32 bytes, not {len(parent)}")
     try:
         packed = array("I", tokens).tobytes()
     except (OverflowError, TypeError) as error:
         raise ValueError(f"token ids must be integers in 0..{_MAX_TOKEN_ID}: {error}") from error
     step = 4 * page_size
     keys: list[PageKey] = []
-    parent = seed or b""
     for start in range(0, len(packed) // step * step, step):
         parent = sha256(parent + packed[start : start + step]).digest()
         keys.append(PageKey(parent))

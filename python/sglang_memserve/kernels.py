@@ -39,6 +39,10 @@ class Native(Protocol):
         self, to: RowTable, source: RowTable, rows_to: Rows, rows_from: Rows, threads: int = 1
     ) -> None: ...
 
+    def page_keys(
+        self, tokens: Sequence[int], page_size: int, seed: bytes = b""
+    ) -> list[bytes]: ...
+
 
 @functools.cache
 def native() -> Native | None:

@@ -3,10 +3,13 @@
 #include <nanobind/ndarray.h>
 
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "memserve/cpu.h"
 #include "memserve/rows.h"
+#include "memserve/sha256.h"
+#include "tokens.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -29,9 +32,11 @@ memserve::RowTable table_of(const Vector<std::uint64_t> &pointers,
     return {tensors, pointers.data(), strides.data(), row_bytes.data(), rows.data()};
 }
 
-memserve::Store store_of(int store) {
-    if (store < 0 || store > 2) throw std::invalid_argument("no such way to store");
-    return static_cast<memserve::Store>(store);
+// Of the three ways that each of these kernels knows, the first being to choose itself.
+template <typename Way>
+Way way_of(int way) {
+    if (way < 0 || way > 2) throw std::invalid_argument("no such way");
+    return static_cast<Way>(way);
 }
 
 void copy_rows(const Vector<std::uint64_t> &to_pointers, const Vector<std::int64_t> &to_strides,
@@ -53,10 +58,34 @@ void copy_rows(const Vector<std::uint64_t> &to_pointers, const Vector<std::int64
     const std::vector<std::int64_t> own_to(rows_to.data(), rows_to.data() + count);
     const std::vector<std::int64_t> own_from(rows_from.data(), rows_from.data() + count);
     const memserve::RowPairs pairs{count, own_to.data(), own_from.data()};
-    const memserve::Store how = store_of(store);
+    const memserve::Store how = way_of<memserve::Store>(store);
     nb::gil_scoped_release unlocked;
     memserve::check_copy(to, from, pairs);
     memserve::copy_rows(to, from, pairs, threads, how);
+}
+
+nb::list page_keys(nb::handle tokens, std::int64_t page_size, nb::bytes seed, int sha) {
+    if (page_size <= 0) throw std::invalid_argument("page size must be positive");
+    if (seed.size() != 0 && seed.size() != memserve::digest_bytes) {
+        throw std::invalid_argument("a parent digest has 32 bytes, not " +
+                                    std::to_string(seed.size()));
+    }
+    const memserve::Sha how = way_of<memserve::Sha>(sha);
+    const std::vector<std::uint32_t> ids = token_ids(tokens);
+    const auto *parent = seed.size() == 0 ? nullptr : static_cast<const std::uint8_t *>(seed.data());
+    const std::size_t pages = ids.size() / static_cast<std::size_t>(page_size);
+    std::vector<std::uint8_t> digests(pages * memserve::digest_bytes);
+    {
+        nb::gil_scoped_release unlocked;
+        memserve::page_keys(ids.data(), ids.size(), static_cast<std::size_t>(page_size), parent,
+                            digests.data(), how);
+    }
+    nb::list keys;
+    for (std::size_t page = 0; page < pages; ++page) {
+        keys.append(nb::bytes(digests.data() + page * memserve::digest_bytes,
+                              memserve::digest_bytes));
+    }
+    return keys;
 }
 
 nb::dict cpu_features() {
@@ -72,6 +101,7 @@ nb::dict cpu_features() {
 
 NB_MODULE(_native, module) {
     module.def("cpu_features", &cpu_features);
+    module.def("page_keys", &page_keys, "tokens"_a.none(), "page_size"_a, "seed"_a, "sha"_a);
     module.def("copy_rows", &copy_rows, "to_pointers"_a.noconvert(), "to_strides"_a.noconvert(),
                "from_pointers"_a.noconvert(), "from_strides"_a.noconvert(),
                "to_row_bytes"_a.noconvert(), "from_row_bytes"_a.noconvert(), "to_limits"_a.noconvert(), "from_limits"_a.noconvert(),

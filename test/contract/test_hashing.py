@@ -14,7 +14,7 @@ pytest.importorskip("sglang")
 from sglang.srt.mem_cache import utils as sglang_utils
 from sglang.srt.mem_cache.cpp_utils import native_hash as sglang_native
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from sglang_memserve import hashing
+from sglang_memserve import hashing, kernels
 from sglang_memserve.plugin import hooks
 
 PAGE_SIZES = (1, 2, 16, 64)
@@ -29,6 +29,15 @@ def sglang_keys(key: Any, page_size: int, prior: str | None = None) -> list[str]
     keys = hooks.native_hash(key, bytes.fromhex(prior) if prior else None, page_size)
     assert isinstance(keys, list)
     return keys
+
+
+@pytest.fixture(params=["native", "portable"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs with native code, where it is built, and without."""
+    if request.param == "portable":
+        monkeypatch.setattr(hashing, "native", lambda: None)
+    elif kernels.native() is None:
+        pytest.skip("no native code here")
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +89,17 @@ def test_keys_of_a_request_with_a_salt() -> None:
     ours = [page.hex() for page in hashing.page_keys(ids, 16, seed)]
     assert ours == sglang_keys(key, 16)
     assert ours != sglang_keys(RadixKey(array("q", ids)), 16)
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**32, 2**64, 1.5, "7", None])
+def test_what_is_no_token_id_is_refused(wrong: Any) -> None:
+    for ids in ([1, wrong, 3], (wrong,)):
+        with pytest.raises(ValueError, match="token ids"):
+            hashing.page_keys(ids, 1)
+    with pytest.raises(ValueError, match="page size"):
+        hashing.page_keys([1], 0)
+    with pytest.raises(ValueError, match="32 bytes"):
+        hashing.page_keys([1], 1, b"short")
 
 
 def test_short_keys_are_sglangs() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import subprocess
 import sys
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +23,12 @@ from numpy.typing import NDArray
 pytest.importorskip("sgl_kernel_ext")
 
 from sgl_kernel_ext import ops, reference
-from sgl_kernel_ext.tables import RowTable, Store
+from sgl_kernel_ext.tables import RowTable, Sha, Store
 
 Bytes = NDArray[np.uint8]
+WAYS_OF_SHA = [Sha.AUTOMATIC, Sha.PLAIN]
+if ops.NATIVE and ops.cpu_features()["sha"]:
+    WAYS_OF_SHA.append(Sha.INSTRUCTIONS)
 
 
 @dataclass(frozen=True)
@@ -289,6 +295,96 @@ def test_others_run_while_it_copies() -> None:
     finally:
         sys.setswitchinterval(switch)
     assert ended.is_set() and turns > 1 and to.all()
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    ids=st.lists(st.integers(0, 2**32 - 1), max_size=90),
+    page_size=st.integers(1, 40),
+    seed=st.just(b"") | st.binary(min_size=32, max_size=32),
+)
+def test_page_keys_are_a_chain_of_sha256(ids: list[int], page_size: int, seed: bytes) -> None:
+    wanted, parent = [], seed
+    for start in range(0, len(ids) - page_size + 1, page_size):
+        page = b"".join(token.to_bytes(4, "little") for token in ids[start : start + page_size])
+        parent = hashlib.sha256(parent + page).digest()
+        wanted.append(parent)
+    assert reference.page_keys(ids, page_size, seed) == wanted
+    for sha in WAYS_OF_SHA:
+        assert ops.page_keys(ids, page_size, seed, sha) == wanted
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 6, 13, 14, 16, 64, 1000])
+def test_page_keys_of_every_padding(page_size: int) -> None:
+    ids = [random.Random(page_size).randrange(2**32) for _ in range(3 * page_size)]
+    for sha in WAYS_OF_SHA:
+        assert ops.page_keys(ids, page_size, b"", sha) == reference.page_keys(ids, page_size)
+
+
+@pytest.mark.parametrize("kind", ["i", "I", "l", "L", "q", "Q"])
+def test_token_ids_come_in_arrays(kind: str) -> None:
+    ids = [0, 1, 2**31 - 1, 7, 151_000]
+    plain = reference.page_keys(ids, 2)
+    packed = array(kind, ids)
+    scattered = np.array([[one, 0] for one in ids], dtype=packed.typecode)[:, 0]
+    for tokens in (packed, np.array(packed), memoryview(packed)):
+        assert ops.page_keys(tokens, 2) == plain
+    assert ops.page_keys(scattered, 2) == plain
+    scalars: list[Any] = [np.int64(one) for one in ids]
+    assert ops.page_keys(scalars, 2) == plain
+    assert ops.page_keys(np.array([1, 2], np.uint16), 1) == reference.page_keys([1, 2], 1)
+    assert ops.page_keys(range(6), 2) == ops.page_keys(list(range(6)), 2)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [-1],
+        [2**32],
+        [2**63],
+        [2**70],
+        [1.0],
+        ["1"],
+        [None],
+        5,
+        None,
+        array("q", [1, -1]),
+        array("q", [2**32]),
+        array("i", [-(2**31)]),
+        array("Q", [2**64 - 1]),
+        np.array([0.5, 1]),
+    ],
+)
+def test_what_is_no_token_id_is_refused(tokens: Any) -> None:
+    with pytest.raises(ValueError, match="token ids must be integers"):
+        ops.page_keys(tokens, 1)
+
+
+def test_page_keys_refuse_other_nonsense() -> None:
+    for page_size in (0, -1):
+        with pytest.raises(ValueError, match="page size"):
+            ops.page_keys([1], page_size)
+    for length in (1, 31, 33):
+        with pytest.raises(ValueError, match="32 bytes"):
+            ops.page_keys([1], 1, bytes(length))
+    assert ops.page_keys([1, 2], 2**62) == [] == ops.page_keys([], 1)
+
+
+class Shrinks:
+    """An id whose conversion empties the list it is in."""
+
+    def __init__(self, tokens: list[Any]) -> None:
+        self._tokens = tokens
+
+    def __index__(self) -> int:
+        self._tokens.clear()
+        return 3
+
+
+def test_a_list_that_changes_while_it_is_read_is_survived() -> None:
+    tokens: list[Any] = [1, 2]
+    tokens += [Shrinks(tokens), *range(10_000)]
+    assert ops.page_keys(tokens, 1)[:2] == reference.page_keys([1, 2], 1)
 
 
 def probe(native: str) -> str:

@@ -94,9 +94,9 @@ def native_hash(
         return _digest(words, prior_digest).hex()
     step = page_size * words_per_unit
     full = len(words) // step * step
-    if full and max(words) <= _MAX_NARROW and min(words) >= 0:
+    try:
         keys: list[bytes] = list(page_keys(words[:full], step, prior_digest))
-    else:
+    except ValueError:  # an id beyond 32 bits, which page keys do not know
         keys, full = [], 0
     for start in range(full, len(words), step):
         parent = keys[-1] if keys else prior_digest

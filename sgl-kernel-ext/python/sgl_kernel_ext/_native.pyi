@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,3 +18,6 @@ def copy_rows(
     threads: int,
     store: int,
 ) -> None: ...
+def page_keys(
+    tokens: Sequence[int] | NDArray[np.integer], page_size: int, seed: bytes, sha: int
+) -> list[bytes]: ...

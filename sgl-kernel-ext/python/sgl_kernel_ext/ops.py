@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import reference
-from .tables import RowTable, Store
+from .tables import RowTable, Sha, Store
 
 SWITCH = "MEMSERVE_NATIVE"
 
@@ -35,6 +35,12 @@ if NATIVE:
     from . import _native
 
 Rows = Sequence[int] | NDArray[np.int64]
+Tokens = Sequence[int] | NDArray[np.integer]
+
+
+def cpu_features() -> dict[str, bool]:
+    """Which of the instruction sets that ops choose among this processor has."""
+    return _native.cpu_features() if NATIVE else {}
 
 
 def row_table(
@@ -86,3 +92,20 @@ def copy_rows(
         threads,
         store,
     )
+
+
+def page_keys(
+    tokens: Tokens, page_size: int, seed: bytes = b"", sha: Sha = Sha.AUTOMATIC
+) -> list[bytes]:
+    """Chained SHA-256 digests of all whole pages of ``tokens``, 32 bytes each; the rest has none.
+
+    Each is ``SHA-256(digest before || the page's ids as little-endian uint32)``; the first goes on
+    from ``seed``, 32 bytes or none. Fastest for lists, tuples and buffers of 32- or 64-bit integers
+    (``array.array``, numpy). Lets go of the GIL while it hashes.
+
+    Raises ValueError for an id that is no integer in 0..2**32 - 1, another length of ``seed``, a
+    page size that is not positive, and for ``Sha.INSTRUCTIONS`` where there are none.
+    """
+    if not NATIVE:
+        return reference.page_keys(tokens, page_size, seed, sha)
+    return _native.page_keys(tokens, page_size, seed, sha)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
+from collections.abc import Sequence
+from hashlib import sha256
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from .tables import RowTable, Store
+from .tables import RowTable, Sha, Store
 
 MOST_THREADS = 256
 _ADDRESS_LIMIT = 2**64
@@ -68,3 +71,27 @@ def _rows(table: RowTable, tensor: int) -> NDArray[np.uint8]:
     memory = (ctypes.c_uint8 * span).from_address(int(table.pointers[tensor]))
     flat: NDArray[np.uint8] = np.ctypeslib.as_array(memory)
     return as_strided(flat, shape=(rows, row), strides=(stride, 1))
+
+
+def page_keys(
+    tokens: Sequence[int] | NDArray[np.integer],
+    page_size: int,
+    seed: bytes = b"",
+    sha: Sha = Sha.PLAIN,
+) -> list[bytes]:
+    """As ``ops.page_keys``, with the standard library's SHA-256."""
+    if page_size <= 0:
+        raise ValueError(f"page size must be positive, got {page_size}")
+    if len(seed) not in (0, 32):
+        raise ValueError(f"a parent digest has 32 bytes, not {len(seed)}")
+    try:
+        packed = array("I", list(tokens))
+    except (OverflowError, TypeError) as error:
+        raise ValueError(f"token ids must be integers in 0..4294967295: {error}") from error
+    keys: list[bytes] = []
+    parent = seed
+    for start in range(0, len(packed) // page_size * page_size, page_size):
+        page = packed[start : start + page_size]
+        parent = sha256(parent + page.tobytes()).digest()
+        keys.append(parent)
+    return keys

@@ -20,6 +20,15 @@ class Store(IntEnum):
     """Past the caches: the destination need not be read first, and pushes nothing out."""
 
 
+class Sha(IntEnum):
+    """How SHA-256 is computed. Values are those of ``include/memserve/sha256.h``."""
+
+    AUTOMATIC = 0
+    """With the processor's instructions where it has them."""
+    PLAIN = 1
+    INSTRUCTIONS = 2
+
+
 @dataclass(frozen=True, slots=True)
 class RowTable:
     """Tensors of bytes: row ``r`` of tensor ``t`` is the ``row_bytes[t]`` bytes at address
