@@ -11,6 +11,7 @@ request id (8 bytes, chosen by the asker, echoed in the answer) and one msgpack 
     FetchRequest -> FetchReply   make pages of peers our own
     SnapshotRequest -> SnapshotReply
     StatsRequest -> StatsReply
+    PeersRequest -> PeersReply   who belongs to the cluster: connect to them, forget the others
 Any request may be answered by ErrorReply.
 
 All durations are seconds relative to arrival: clocks of two machines are never compared.
@@ -176,6 +177,29 @@ class InfoReply(_Message, frozen=True):
     total_blocks: int
 
 
+class PeerEntry(msgspec.Struct, frozen=True):
+    """One rank of another instance: the one of the same index."""
+
+    peer_id: str
+    generation: str
+    peer_address: str
+
+
+class PeersRequest(_Message, frozen=True):
+    """All other members of the cluster, for ``valid_s`` seconds unless it is said again: be
+    connected to them. One that is not in it any more is forgotten."""
+
+    peers: list[PeerEntry]
+    valid_s: float
+
+
+class PeersReply(_Message, frozen=True):
+    """``members``: how many were taken over; ``connected``: to how many a connection is up."""
+
+    members: int
+    connected: int
+
+
 class ErrorReply(_Message, frozen=True):
     """``kind`` is the name of a class in ``errors``; ``message`` its text."""
 
@@ -198,6 +222,8 @@ Message = (
     | StatsReply
     | InfoRequest
     | InfoReply
+    | PeersRequest
+    | PeersReply
     | ErrorReply
 )
 

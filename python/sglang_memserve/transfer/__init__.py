@@ -14,6 +14,7 @@
 ``faulty``    a transport that fails on purpose
 ``serve``     the holder's side: leases granted to others, requests that wait
 ``peers``     whom a rank can talk to and read from
+``members``   who belongs to the cluster; connected before the first fetch
 ``session``   the reader's side: the fetches of a rank, reads that were given up
 ``sockets``   the ZMQ sockets of a rank, as messages in and out
 ``loop``      what the agent's thread does, turn by turn

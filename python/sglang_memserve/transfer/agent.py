@@ -24,6 +24,7 @@ from ..protocol.control import FetchReply, FetchRequest
 from ..types import Namespace
 from .base import Pool, Transport
 from .loop import AgentConfig, AgentLoop, Submission
+from .members import MembershipLimits
 from .port import FetchSettings
 from .serve import ServeLimits
 from .session import SessionLimits
@@ -59,6 +60,7 @@ class RankAgent:
         settings: FetchSettings | None = None,
         session_limits: SessionLimits | None = None,
         serve_limits: ServeLimits | None = None,
+        membership_limits: MembershipLimits | None = None,
         more_stats: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         if host in _WILDCARDS and advertise_host is None:
@@ -76,6 +78,7 @@ class RankAgent:
             fetch=settings or FetchSettings(),
             sessions=session_limits or SessionLimits(),
             serve=serve_limits or ServeLimits(),
+            members=membership_limits or MembershipLimits(),
             more_stats=more_stats,
         )
         self._pool = pool

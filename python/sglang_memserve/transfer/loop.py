@@ -27,6 +27,7 @@ from ..protocol.control import (
     InfoReply,
     InfoRequest,
     Message,
+    PeersRequest,
     SnapshotReply,
     SnapshotRequest,
     StatsReply,
@@ -34,6 +35,7 @@ from ..protocol.control import (
 )
 from ..types import Namespace
 from .base import Pool, Transport
+from .members import Membership, MembershipLimits
 from .port import FetchSettings
 from .serve import LeaseServer, ServeLimits, error_reply
 from .session import SessionLimits, Sessions
@@ -65,6 +67,7 @@ class AgentConfig:
     fetch: FetchSettings
     sessions: SessionLimits
     serve: ServeLimits
+    members: MembershipLimits
     more_stats: Callable[[], Mapping[str, float]] = dict
 
 
@@ -141,6 +144,9 @@ class AgentLoop:
             settings=config.fetch,
             limits=config.sessions,
         )
+        self.members = Membership(
+            self.sessions.peers, self._pool, self._transport, Hello(*who), config.members
+        )
 
     def _notice(self, flag: threading.Event) -> None:
         """On any thread, often the engine's: one system call, and none when one is pending."""
@@ -168,10 +174,12 @@ class AgentLoop:
         self._pool.set_event_wake(None)
         try:
             self.server.close()
+            self.members.close()
             self.sessions.close(now)
         finally:
             self._transport.close()
             self.sessions.after_close()
+            self.members.after_close()
             self._fail_submissions()
             self._context.destroy(_LAST_WORDS_MS)
             self._config.local_path.unlink(missing_ok=True)
@@ -198,16 +206,21 @@ class AgentLoop:
             self.sessions.on_pages_readable(now)
         if self._events_waiting.is_set():
             self._publish()
-        if self.sessions.reading:
+        if self._reading:
             self._read_on()
         self.sessions.take_verdicts(time.monotonic())
         self._on_time(time.monotonic())
 
+    @property
+    def _reading(self) -> bool:
+        return self.sessions.reading or self.members.reading
+
     def _read_on(self) -> None:
         before = time.monotonic()
         self.sessions.poll_reads(before)
+        self.members.poll_reads(before)
         # A poll that took long has copied bytes itself; one that did not is waiting for others.
-        if self.sessions.reading and time.monotonic() - before < 2 * _READ_SLEEP_S:
+        if self._reading and time.monotonic() - before < 2 * _READ_SLEEP_S:
             time.sleep(_READ_SLEEP_S)
 
     def _on_time(self, now: float) -> None:
@@ -219,9 +232,10 @@ class AgentLoop:
             self._pool.expire()
             self.server.on_time(now)
             self.sessions.on_time(now)
+            self.members.on_time(now)
 
     def _timeout_ms(self, now: float) -> int:
-        if self.sessions.reading or self._submissions:
+        if self._reading or self._submissions:
             return 0
         wake_s = min(self.server.wake_s(), self.sessions.wake_s(now), self._housekeeping_s)
         # Rounded up: waking a little early would mean a turn for nothing.
@@ -278,6 +292,8 @@ class AgentLoop:
                 answer(StatsReply(self.stats()))
             case InfoRequest():
                 answer(self.info())
+            case PeersRequest():
+                answer(self.members.set_members(message.peers, message.valid_s, now))
             case _:
                 raise ProtocolError(f"{type(message).__name__} is not for a local socket")
 
@@ -290,7 +306,8 @@ class AgentLoop:
             if isinstance(item, MalformedFrames):
                 self._counts.malformed += 1
                 continue
-            self.sessions.on_message(peer, item[0], item[1], now)
+            if not self.members.on_message(peer, *item, now):
+                self.sessions.on_message(peer, *item, now)
 
     def _publish(self) -> None:
         # Cleared first: what is written from now on sets it again.
@@ -328,6 +345,7 @@ class AgentLoop:
             "internal_errors_total": self._counts.internal_errors,
             **self.server.stats(),
             **self.sessions.stats(),
+            **self.members.stats(),
         }
         return {
             **self._pool.stats(),

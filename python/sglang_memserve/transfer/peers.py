@@ -2,7 +2,7 @@
 
 Belongs to the agent's thread. A peer is known by the address of its control socket. ``PeerTable``
 opens the link, greets (namespaces are compared, the transport learns the peer's memory), and
-forgets peers that nobody has used for a while.
+forgets peers that nobody has used for a while. ``members`` keeps some of them for longer.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PeerTable:
         self._transport = transport
         self._hello = hello
         self._open_link = open_link
-        self._in_use = in_use
+        self._keepers = [in_use]
         self._peers: dict[str, Peer] = {}
         self._next_request = 1
 
@@ -71,6 +71,10 @@ class PeerTable:
 
     def __iter__(self) -> Iterator[Peer]:
         return iter(list(self._peers.values()))
+
+    def keep_while(self, wanted: Callable[[Peer], bool]) -> None:
+        """Peers for which ``wanted`` is true are not forgotten either."""
+        self._keepers.append(wanted)
 
     def get(self, address: str) -> Peer | None:
         return self._peers.get(address)
@@ -117,6 +121,17 @@ class PeerTable:
             self._transport.disconnect(peer.connected.transport_name)
             peer.connected = None
 
+    def forget(self, peer: Peer) -> bool:
+        """Close the link and the connection. False while the peer is in use: try again later."""
+        if self._peers.get(peer.address) is not peer:
+            return True
+        if any(wants(peer) for wants in self._keepers):
+            return False
+        peer.link.close()
+        self.disconnect(peer)
+        del self._peers[peer.address]
+        return True
+
     def on_time(self, now: float) -> None:
         self._forget_idle(now, self.limits.idle_s)
 
@@ -137,7 +152,5 @@ class PeerTable:
 
     def _forget_idle(self, now: float, idle_s: float) -> None:
         for peer in self:
-            if now - peer.used_s >= idle_s and not self._in_use(peer):
-                peer.link.close()
-                self.disconnect(peer)
-                del self._peers[peer.address]
+            if now - peer.used_s >= idle_s:
+                self.forget(peer)

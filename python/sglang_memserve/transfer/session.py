@@ -97,7 +97,7 @@ class Sessions:
         self._transport = transport
         self._hello = hello
         self._settings = settings
-        self._peers = PeerTable(transport, hello, open_link, limits.peers, in_use=self._in_use)
+        self.peers = PeerTable(transport, hello, open_link, limits.peers, in_use=self._in_use)
         self._active: list[_Active] = []
         self._queue: deque[_Queued] = deque()
         self._requests: dict[int, tuple[_Active, int]] = {}
@@ -115,7 +115,7 @@ class Sessions:
         return bool(self._reads)
 
     def peer(self, address: str) -> Peer | None:
-        return self._peers.get(address)
+        return self.peers.get(address)
 
     def submit(self, request: FetchRequest, now: float, done: Callable[[FetchReply], None]) -> None:
         """``done`` is called once, maybe before this returns.
@@ -142,7 +142,7 @@ class Sessions:
         if isinstance(message, LeaseReply) and message.lease_id and peer.connected is not None:
             # Nobody waits for it any more, so nobody else will end this lease.
             release = ReleaseRequest(peer.connected.generation, message.lease_id)
-            self._peers.send(peer, release)
+            self.peers.send(peer, release)
 
     def on_pages_readable(self, now: float) -> None:
         for active in list(self._active):
@@ -178,7 +178,7 @@ class Sessions:
                 del self._abandoned[handle]
                 abandoned.store.abort()
         self._grace.on_time(now)
-        self._peers.on_time(now)
+        self.peers.on_time(now)
         self._start_queued(now)
 
     def wake_s(self, now: float) -> float:
@@ -199,7 +199,7 @@ class Sessions:
             active.fetch.cancel(Outcome.CLOSED, now)
             self._after(active, now)
         self._grace.release_all()
-        self._peers.close()
+        self.peers.close()
         self._verifier.close()
 
     def after_close(self) -> None:
@@ -222,13 +222,13 @@ class Sessions:
             "fetches_active": len(self._active),
             "fetches_queued": len(self._queue),
             "quarantined_blocks": sum(len(a.store.missing) for a in self._abandoned.values()),
-            **self._peers.stats(),
+            **self.peers.stats(),
         }
 
     def check(self) -> None:
         assert len(self._active) <= self.limits.active
         assert len(self._queue) <= self.limits.queued
-        self._peers.check()
+        self.peers.check()
         assert not self._reads.keys() & self._abandoned.keys()
         assert all(active in self._active for active in self._reads.values())
         assert all(active in self._active for active, _ in self._requests.values())
@@ -241,7 +241,7 @@ class Sessions:
         ports: list[_FetchPort | Ending] = []
         for index, source in enumerate(queued.request.sources):
             try:
-                peer = self._peers.obtain(source.peer_address, now)
+                peer = self.peers.obtain(source.peer_address, now)
             except MemServeError as error:
                 ports.append(ending_of(error))
             else:
@@ -330,7 +330,7 @@ class _FetchPort:
 
     def send(self, message: Message) -> int:
         assert self.active is not None
-        request_id = self._sessions._peers.send(self.peer, message)
+        request_id = self._sessions.peers.send(self.peer, message)
         # Kept after the answer, so that a second one still finds its fetch.
         self._sessions._requests[request_id] = (self.active, self._source)
         self.active.requests.append(request_id)
@@ -340,13 +340,13 @@ class _FetchPort:
         return self.peer.greeting
 
     def greet(self, reply: HelloReply) -> Greeting:
-        return self._sessions._peers.greet(self.peer, reply)
+        return self._sessions.peers.greet(self.peer, reply)
 
     def forget(self) -> None:
         self.peer.greeting = None
 
     def reconnect(self) -> None:
-        self._sessions._peers.disconnect(self.peer)
+        self._sessions.peers.disconnect(self.peer)
 
     def read(self, name: str, remote: Sequence[int], local: Sequence[int]) -> int:
         sessions = self._sessions
