@@ -17,7 +17,7 @@ import msgspec
 import psutil
 
 from .errors import ConfigError
-from .types import Generation, InstanceId, Role
+from .types import Eviction, Generation, InstanceId, Role
 
 _UNITS = {
     "": 1,
@@ -34,6 +34,7 @@ _UNITS = {
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([a-zA-Z]*)")
 
 DEFAULT_DRAM = "2GiB"
+DEFAULT_EVICTION = Eviction.TWO_QUEUE
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class InstanceConfig:
     peer_host: str
     runtime_dir: str
     mempool_dram_bytes: int
+    mempool_eviction: Eviction = DEFAULT_EVICTION
     router_urls: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
@@ -128,6 +130,14 @@ def parse_role(text: str) -> Role:
     except ValueError:
         names = ", ".join(role.value for role in Role)
         raise ConfigError(f"unknown role {text!r}: choose one of {names}") from None
+
+
+def parse_eviction(text: str) -> Eviction:
+    try:
+        return Eviction(text)
+    except ValueError:
+        names = ", ".join(eviction.value for eviction in Eviction)
+        raise ConfigError(f"unknown eviction policy {text!r}: choose one of {names}") from None
 
 
 def parse_size(text: str) -> int:

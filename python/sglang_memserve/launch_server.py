@@ -19,9 +19,11 @@ from types import FrameType
 
 from .config import (
     DEFAULT_DRAM,
+    DEFAULT_EVICTION,
     InstanceConfig,
     new_generation,
     parse_dram,
+    parse_eviction,
     parse_role,
     parse_url,
 )
@@ -57,6 +59,13 @@ def add_memserve_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="Memory for KV pages outside the device, divided among the instance's ranks. "
         f"Default: {DEFAULT_DRAM}.",
+    )
+    group.add_argument(
+        "--mempool-eviction",
+        default=DEFAULT_EVICTION.value,
+        metavar="{lru,2q}",
+        help="Which page makes room when MemPool is full: the least recently used, or one that was "
+        f"not used again since it came. Default: {DEFAULT_EVICTION.value}.",
     )
     group.add_argument(
         "--advertise-url",
@@ -177,6 +186,7 @@ def build_config(
         mempool_dram_bytes=flags.require_blocks(
             parse_dram(own.mempool_dram), own.mempool_dram, engine
         ),
+        mempool_eviction=parse_eviction(own.mempool_eviction),
         router_urls=tuple(parse_url(router) for router in own.router_url),
     )
 

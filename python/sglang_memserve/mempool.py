@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from .config import DEFAULT_EVICTION
 from .errors import ConfigError, LimitExceeded, OutOfBlocks
 from .index.journal import rebuild, to_events
 from .memory.arena import SLAB_BYTES, Arena
@@ -32,7 +33,7 @@ from .memory.lease import PoolLease, PoolStore
 from .pool.ledger import Ledger
 from .pool.resize import Progress, Region, Resize, ResizeOutcome, ResizeResult
 from .protocol.events import Event, Snapshot
-from .types import BlockId, Generation, Namespace, PageKey, Tier
+from .types import BlockId, Eviction, Generation, Namespace, PageKey, Tier
 
 __all__ = ["MemPool", "PoolLease", "PoolStore", "Progress", "Resize", "ResizeOutcome"]
 __all__ += ["ResizeResult"]
@@ -47,8 +48,9 @@ class MemPool:
 
     ``arena_bytes`` is rounded down to whole blocks; ConfigError if that is none, or more than the
     machine has. It may change later up to ``reserve_bytes`` (the machine's memory if None), in
-    slabs of about ``slab_bytes``. ``clock`` gives seconds and times leases. ``on_events`` is
-    called, on any thread and outside the lock, after new events can be drained.
+    slabs of about ``slab_bytes``. ``eviction`` says which pages make room. ``clock`` gives seconds
+    and times leases. ``on_events`` is called, on any thread and outside the lock, after new events
+    can be drained.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class MemPool:
         generation: Generation | str,
         reserve_bytes: int | None = None,
         slab_bytes: int = SLAB_BYTES,
+        eviction: Eviction = DEFAULT_EVICTION,
         clock: Callable[[], float] = time.monotonic,
         max_leases: int = 4096,
         max_lease_ttl_s: float = 3600.0,
@@ -77,6 +80,7 @@ class MemPool:
         self._lock = threading.Lock()
         self._ledger = Ledger(
             self.arena.total_blocks,
+            eviction=eviction,
             clock=clock,
             max_leases=max_leases,
             max_lease_ttl_s=max_lease_ttl_s,

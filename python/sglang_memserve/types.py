@@ -40,6 +40,13 @@ class Role(Enum):
         return self is not Role.PREFILL
 
 
+class Eviction(Enum):
+    """Which page goes when a MemPool needs room; ``index.eviction`` says how."""
+
+    LRU = "lru"
+    TWO_QUEUE = "2q"
+
+
 class Tier(Enum):
     """Where a page lies. Values are SGLang's ``StorageMedium`` names."""
 

@@ -1,4 +1,8 @@
-"""MemPool against an oracle that is slow and obviously right, over random programs."""
+"""MemPool against an oracle that is slow and obviously right, over random programs.
+
+Which page goes when room is needed is the eviction policy's, and each has its own test with the
+index alone (``test_index_machine``); here it is the simplest.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from hypothesis.stateful import (
 from sglang_memserve.errors import LimitExceeded, OutOfBlocks
 from sglang_memserve.hashing import short_key
 from sglang_memserve.mempool import MemPool, PoolLease, PoolStore
-from sglang_memserve.types import BlockId, Namespace, PageKey
+from sglang_memserve.types import BlockId, Eviction, Namespace, PageKey
 
 
 def load_oracle() -> ModuleType:
@@ -94,6 +98,7 @@ class PoolMachine(RuleBasedStateMachine):
             generation="g",
             clock=lambda: self.now,
             max_leases=MAX_LEASES,
+            eviction=Eviction.LRU,
             on_events=self._wake,
         )
         self.pool.subscribe(self._readable)

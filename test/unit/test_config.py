@@ -10,7 +10,7 @@ import pytest
 from sglang_memserve import config as settings
 from sglang_memserve.config import InstanceConfig, Limits
 from sglang_memserve.errors import ConfigError
-from sglang_memserve.types import Generation, InstanceId, Role
+from sglang_memserve.types import Eviction, Generation, InstanceId, Role
 
 
 def example() -> InstanceConfig:
@@ -21,6 +21,7 @@ def example() -> InstanceConfig:
         peer_host="127.0.0.1",
         runtime_dir="/tmp/memserve-x",
         mempool_dram_bytes=1 << 20,
+        mempool_eviction=Eviction.LRU,
         router_urls=("http://127.0.0.1:1", "http://127.0.0.1:2"),
         limits=Limits(max_leases=7),
     )
@@ -97,6 +98,12 @@ def test_roles() -> None:
         settings.parse_role("router")
 
 
+def test_eviction_policies() -> None:
+    assert [settings.parse_eviction(eviction.value) for eviction in Eviction] == list(Eviction)
+    with pytest.raises(ConfigError, match="unknown eviction policy 'fifo': choose one of lru, 2q"):
+        settings.parse_eviction("fifo")
+
+
 def test_settings_cross_as_json() -> None:
     text = json.dumps(example().to_json())
     assert InstanceConfig.from_json(json.loads(text)) == example()
@@ -116,6 +123,7 @@ def test_no_settings(damage: object) -> None:
         ("mempool_dram_bytes", 0),
         ("mempool_dram_bytes", "2GiB"),
         ("mempool_dram_bytes", True),
+        ("mempool_eviction", "random"),
         ("router_urls", "http://h"),
         ("limits", None),
         ("limits", {}),

@@ -14,7 +14,7 @@ from sglang_memserve import launch_server
 from sglang_memserve.config import InstanceConfig
 from sglang_memserve.errors import ConfigError
 from sglang_memserve.plugin import flags
-from sglang_memserve.types import Role
+from sglang_memserve.types import Eviction, Role
 
 MODEL = ["--model-path", "org/name"]
 
@@ -65,13 +65,16 @@ def test_engine_flags() -> None:
 
 
 def test_the_linker_gets_the_settings() -> None:
-    own, rest = launch_server.parse([*MODEL, "--mempool-dram", "1MiB", "--role", "prefill"])
+    own, rest = launch_server.parse(
+        [*MODEL, "--mempool-dram", "1MiB", "--role", "prefill", "--mempool-eviction", "lru"]
+    )
     config = launch_server.build_config(own, flags.read_engine_flags(rest), "/tmp/memserve-x")
     words = flags.linker_flags(config)
     linker = json.loads(words[words.index("--unified-cache-external-linker-config") + 1])
     assert InstanceConfig.from_json(linker["linker_extra_config"]) == config
     assert config.url == "http://127.0.0.1:30000"
     assert (config.role, config.mempool_dram_bytes) == (Role.PREFILL, 1 << 20)
+    assert config.mempool_eviction is Eviction.LRU
 
 
 def test_dram_is_the_instances_and_divided_among_its_ranks(tmp_path: Path) -> None:

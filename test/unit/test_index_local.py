@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from sglang_memserve.index.eviction import LeafHeap
 from sglang_memserve.index.local_index import LocalIndex
-from sglang_memserve.types import BlockId, PageKey
+from sglang_memserve.types import BlockId, Eviction, PageKey
 
 
 def key(name: str) -> PageKey:
@@ -22,7 +21,7 @@ class Forest:
     """An index whose pages are letters; a page's block is the letter's position in the alphabet."""
 
     def __init__(self) -> None:
-        self.index = LocalIndex(26)
+        self.index = LocalIndex(26, Eviction.LRU)
 
     def add(self, chain: str, parent: str | None = None) -> None:
         keys = [key(name) for name in chain]
@@ -184,15 +183,6 @@ def test_insert_refuses_a_resident_key_and_a_block_in_use(forest: Forest) -> Non
         forest.index.insert([key("b")], forest.blocks("a"), [None])
 
 
-def test_touching_leaves_no_garbage(forest: Forest) -> None:
-    forest.add("abc")
-    for _ in range(1000):
-        forest.touch("abc")
-        forest.pin("c")
-        forest.unpin("c")
-    assert len(forest.index._leaves) <= 3
-
-
 def test_pages_of_given_blocks_go_but_not_pinned_ones_nor_what_hangs_under_them(
     forest: Forest,
 ) -> None:
@@ -238,27 +228,12 @@ def test_a_pinned_page_that_moves_leaves_an_orphan_to_its_reader(forest: Forest)
 
 
 def test_more_blocks_may_come() -> None:
-    index = LocalIndex(1)
+    index = LocalIndex(1, Eviction.LRU)
     index.insert([key("a")], [BlockId(0)], [None])
-    index.grow(3)
+    index.resize(3)
     index.check()
-    assert index.capacity == 3
+    assert index.total_blocks == 3
     index.insert([key("b"), key("c")], [BlockId(1), BlockId(2)], [key("a"), key("b")])
     index.check()
     assert index.match([key(name) for name in "abc"]) == [0, 1, 2]
     assert index.evict(9).blocks == [2, 1, 0]
-
-
-def test_heap_forgets_what_is_not_evictable_until_it_is_offered_again() -> None:
-    heap = LeafHeap(4)
-    stamps = [5, 3, 9, 1]
-    for block, stamp in enumerate(stamps):
-        heap.offer(block, stamp)
-        heap.offer(block, stamp)
-    assert len(heap) == 4
-    stamps[3] = 20
-    assert heap.take(stamps, lambda block: block != 1) == 0
-    assert heap.take(stamps, lambda block: block != 1) == 2
-    heap.offer(1, stamps[1])
-    heap.check(stamps, lambda block: block in (1, 3))
-    assert [heap.take(stamps, lambda _: True) for _ in range(3)] == [1, 3, None]

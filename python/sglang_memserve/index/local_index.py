@@ -6,14 +6,15 @@ the parent links: a page with resident children is of no use to evict, since its
 longer be reached. Hence leaf-first eviction.
 
 A resident page has exactly one block, so all that is known of a page lies in arrays indexed by its
-block: no object a page, nothing for the garbage collector to walk.
+block: no object a page but its key. Keys are shared: a page's key, its children's link to it and
+the dictionary's are one object.
 
 - *Parents.* ``_parent[block]`` is a key, not a block: the parent need not be resident (the engine's
   device tier may hold the head of a prefix that we hold the tail of). Children of a parent that is
   not resident are counted in ``_waiting``; when it arrives it takes the count over.
-- *Recency.* A logical counter stamps pages as they are touched: O(length touched), ancestors are
+- *Recency* is the eviction policy's, which is told of every use: O(length touched), ancestors are
   not visited. A page is as recent as its most recent descendant, which matters only when it becomes
-  a leaf: a removed page leaves its stamp to its parent if that is newer.
+  a leaf: a removed page leaves its recency to its parent.
 - *Pins* are counts. A pinned page is not evicted. A pinned page may be removed by name or by
   ``clear``: then it can no longer be found, and its block becomes an *orphan* that is given back
   when its last pin ends.
@@ -28,8 +29,8 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..types import BlockId, PageKey
-from .eviction import LeafHeap
+from ..types import BlockId, Eviction, PageKey
+from .eviction.registry import make_policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +42,18 @@ class Removed:
 
 
 class LocalIndex:
-    """Pages in blocks 0 .. capacity - 1. Not thread-safe; no method waits."""
+    """Pages in blocks 0 .. total_blocks - 1. Not thread-safe; no method waits."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, total_blocks: int, eviction: Eviction) -> None:
+        self._total_blocks = total_blocks
         self._block_of: dict[PageKey, BlockId] = {}
-        self._key: list[PageKey | None] = [None] * capacity
-        self._parent: list[PageKey | None] = [None] * capacity
-        self._children: list[int] = [0] * capacity
-        self._pins: list[int] = [0] * capacity
-        self._stamp = array("q", bytes(8 * capacity))
-        self._clock = 0
+        self._key: list[PageKey | None] = [None] * total_blocks
+        self._parent: list[PageKey | None] = [None] * total_blocks
+        self._children = array("I", bytes(4 * total_blocks))
+        self._pins = array("I", bytes(4 * total_blocks))
         self._waiting: dict[PageKey, int] = {}
         self._orphans: set[BlockId] = set()
-        self._leaves = LeafHeap(capacity)
+        self._policy = make_policy(eviction, total_blocks)
         self._pinned = 0
 
     def __len__(self) -> int:
@@ -72,19 +72,22 @@ class LocalIndex:
         return len(self._orphans)
 
     @property
-    def capacity(self) -> int:
-        return len(self._key)
+    def total_blocks(self) -> int:
+        return self._total_blocks
 
-    def grow(self, capacity: int) -> None:
-        """Blocks up to ``capacity`` - 1 may hold pages from now on."""
-        more = capacity - len(self._key)
-        assert more >= 0, (capacity, len(self._key))
-        self._key += [None] * more
-        self._parent += [None] * more
-        self._children += [0] * more
-        self._pins += [0] * more
-        self._stamp.frombytes(bytes(8 * more))
-        self._leaves.grow(capacity)
+    def resize(self, total_blocks: int) -> None:
+        """Blocks up to ``total_blocks`` - 1 may hold pages from now on; those above hold none, not
+        even as orphans. What was known of blocks that went is kept for when they come back."""
+        for block in range(total_blocks, self._total_blocks):
+            assert self._key[block] is None and not self._pins[block], f"block {block} is in use"
+        more = total_blocks - len(self._key)
+        if more > 0:
+            self._key += [None] * more
+            self._parent += [None] * more
+            self._children.frombytes(bytes(4 * more))
+            self._pins.frombytes(bytes(4 * more))
+        self._total_blocks = total_blocks
+        self._policy.resize(total_blocks)
 
     # -- find --
 
@@ -143,21 +146,16 @@ class LocalIndex:
         No key may be resident, no block in use. Returns the parents as they were linked.
         """
         linked: list[PageKey | None] = []
-        self._clock += len(keys)
-        stamp = self._clock
         for key, block, parent in zip(keys, blocks, parents, strict=True):
             assert key not in self._block_of, f"page {key.hex()} is resident"
             assert self._key[block] is None and not self._pins[block], f"block {block} is in use"
             self._block_of[key] = block
             self._key[block] = key
-            self._stamp[block] = stamp
-            stamp -= 1
             children = self._waiting.pop(key, 0)
             self._children[block] = children
             if (children or parent == key) and self._descends(parent, key):
                 # Nothing is its own ancestor: whoever named this parent does not know the chain.
                 parent = None
-            self._parent[block] = parent
             linked.append(parent)
             if parent is not None:
                 above = self._block_of.get(parent)
@@ -165,20 +163,19 @@ class LocalIndex:
                     self._waiting[parent] = self._waiting.get(parent, 0) + 1
                 else:
                     self._children[above] += 1
+                    # One object for one key, whoever computed it.
+                    parent = self._key[above]
+            self._parent[block] = parent
+        self._policy.insert(keys, blocks)
         # Only now: the inner pages of the chain have got their children.
         for block in blocks:
             if not self._children[block]:
-                self._leaves.offer(block, self._stamp[block])
+                self._policy.offer(block)
         return linked
 
     def touch(self, blocks: Sequence[BlockId]) -> None:
         """These pages (a chain, head first) were used now; the head counts as used last."""
-        self._clock += len(blocks)
-        stamp = self._clock
-        stamps = self._stamp
-        for block in blocks:
-            stamps[block] = stamp
-            stamp -= 1
+        self._policy.touch(blocks)
 
     def pin(self, blocks: Iterable[BlockId]) -> None:
         """One pin more on each; a block named twice gets two."""
@@ -203,19 +200,22 @@ class LocalIndex:
                 self._orphans.remove(block)
                 ended.append(block)
             elif not self._children[block]:
-                self._leaves.offer(block, self._stamp[block])
+                self._policy.offer(block)
         return ended
 
     def evict(self, count: int) -> Removed:
-        """Remove up to ``count`` pages, least recently used leaf first, never a pinned one."""
+        """Remove up to ``count`` pages, leaf first, in the policy's order, never a pinned one."""
+        policy, evictable = self._policy, self._evictable
         keys: list[PageKey] = []
         blocks: list[BlockId] = []
         while len(keys) < count:
-            block = self._leaves.take(self._stamp, self._evictable)
+            block = policy.take(evictable)
             if block is None:
                 break
-            keys.append(self._unlink(BlockId(block)))
-            blocks.append(BlockId(block))
+            key = self._unlink(block)
+            policy.evicted(block, key)
+            keys.append(key)
+            blocks.append(block)
         return Removed(keys, blocks)
 
     def evict_blocks(self, blocks: Iterable[BlockId]) -> Removed:
@@ -226,11 +226,13 @@ class LocalIndex:
         for block in blocks:
             if self._key[block] is not None and not self._pins[block]:
                 keys.append(self._unlink(block))
+                self._policy.removed(block)
                 freed.append(block)
         return Removed(keys, freed)
 
     def relocate(self, source: BlockId, target: BlockId) -> None:
-        """The page of ``source`` lies in ``target`` from now on, as recent as it was.
+        """The page of ``source`` lies in ``target`` from now on, as recent as it was (or as the
+        page that lay in ``target`` was when it was removed, whichever is newer).
 
         ``source`` must be resident, ``target`` not in use. A reader holds block numbers for as
         long as it has them pinned: a pinned ``source`` stays in place for it, as an orphan.
@@ -242,11 +244,11 @@ class LocalIndex:
         for column in (self._key, self._parent):
             column[target], column[source] = column[source], None
         self._children[target], self._children[source] = self._children[source], 0
-        self._stamp[target] = self._stamp[source]
+        self._policy.move(source, target)
         if self._pins[source]:
             self._orphans.add(source)
         if not self._children[target]:
-            self._leaves.offer(target, self._stamp[target])
+            self._policy.offer(target)
 
     def remove(self, keys: Iterable[PageKey]) -> Removed:
         """Remove those of ``keys`` that are resident, whatever hangs under them stays."""
@@ -257,6 +259,7 @@ class LocalIndex:
             if block is None:
                 continue
             removed.append(self._unlink(block))
+            self._policy.removed(block)
             if self._pins[block]:
                 self._orphans.add(block)
             else:
@@ -272,13 +275,13 @@ class LocalIndex:
                 self._orphans.add(block)
             else:
                 blocks.append(block)
-        capacity = len(self._key)
+        blocks_known = len(self._key)
         self._block_of = {}
-        self._key = [None] * capacity
-        self._parent = [None] * capacity
-        self._children = [0] * capacity
+        self._key = [None] * blocks_known
+        self._parent = [None] * blocks_known
+        self._children = array("I", bytes(4 * blocks_known))
         self._waiting = {}
-        self._leaves.clear()
+        self._policy.clear()
         return Removed(keys, blocks)
 
     # -- inside --
@@ -314,13 +317,13 @@ class LocalIndex:
                 self._waiting[parent] -= 1
             return key
         self._children[above] -= 1
-        self._stamp[above] = max(self._stamp[above], self._stamp[block])
+        self._policy.outlive(above, block)
         if not self._children[above] and not self._pins[above]:
-            self._leaves.offer(above, self._stamp[above])
+            self._policy.offer(above)
         return key
 
     def check(self) -> None:
-        """Invariants of the whole index; O(capacity)."""
+        """Invariants of the whole index; O(blocks)."""
         children: dict[PageKey, int] = {}
         for key, block in self._block_of.items():
             assert self._key[block] == key, (key, block)
@@ -335,8 +338,7 @@ class LocalIndex:
                 assert self._block_of[held] == place, (held, place)
                 assert self._children[place] == children.pop(held, 0), (held, place)
                 assert place not in self._orphans, place
-                assert self._stamp[place] <= self._clock, place
         assert self._waiting == children, (self._waiting, children)
         assert self._pinned == sum(1 for pins in self._pins if pins), self._pinned
         assert min(self._pins, default=0) >= 0
-        self._leaves.check(self._stamp, self._evictable)
+        self._policy.check(list(self._block_of.values()), self._evictable)

@@ -107,6 +107,7 @@ class RankNode:
             namespace,
             arena_bytes=config.rank_dram_bytes(namespace.tp_size),
             generation=config.generation,
+            eviction=config.mempool_eviction,
         )
         try:
             agent = RankAgent(

@@ -12,7 +12,7 @@ from ..index.journal import Cleared, Dropped, Journal, Record, Stored
 from ..index.local_index import LocalIndex, Removed
 from ..memory.allocator import BlockAllocator
 from ..memory.lease import LeaseTable, PoolLease, PoolStore
-from ..types import BlockId, PageKey
+from ..types import BlockId, Eviction, PageKey
 
 MIN_JOURNAL_PAGES = 65_536
 
@@ -40,6 +40,7 @@ class Ledger:
         self,
         total_blocks: int,
         *,
+        eviction: Eviction,
         clock: Callable[[], float],
         max_leases: int,
         max_lease_ttl_s: float,
@@ -47,7 +48,7 @@ class Ledger:
         self.clock = clock
         self.closed = False
         self.allocator = BlockAllocator(total_blocks)
-        self.index = LocalIndex(total_blocks)
+        self.index = LocalIndex(total_blocks, eviction)
         self.leases = LeaseTable(max_leases, max_lease_ttl_s)
         self.journal = Journal(journal_pages(total_blocks))
         self.unpublished: set[BlockId] = set()
@@ -69,9 +70,13 @@ class Ledger:
 
     def grow(self, total_blocks: int) -> None:
         self.allocator.grow(total_blocks)
-        if total_blocks > self.index.capacity:
-            self.index.grow(total_blocks)
+        self.index.resize(total_blocks)
         self.journal.raise_limit(journal_pages(total_blocks))
+
+    def shrink(self) -> None:
+        """The blocks withdrawn are gone."""
+        self.allocator.shrink()
+        self.index.resize(self.total_blocks)
 
     def make_room(self, count: int) -> bool:
         """Evict until ``count`` blocks are free or nothing is left to evict; whether it did."""

@@ -117,7 +117,7 @@ class Shrink:
             ledger.allocator.free(ledger.index.unpin((source,)))
 
     def complete(self) -> None:
-        self._ledger.allocator.shrink()
+        self._ledger.shrink()
 
     def abort(self) -> None:
         assert not self.moves, "moves are under way"

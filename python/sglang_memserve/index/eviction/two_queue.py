@@ -1,0 +1,160 @@
+"""Two queues: a page that came back is not displaced by pages that may never do.
+
+After 2Q (Johnson and Shasha, VLDB 1994), changed for a forest. Every page is *on probation* or
+*protected*, and each of the two gives up its least recently used leaf first:
+
+    new page ---------> probation --used again, not just after it came--> protected
+    page that was evicted not long ago --------------------------------> protected
+
+    probation > half of the blocks:  its pages go first
+    else:                            protected pages go first
+
+- *Just after it came* is not used again: a page is read back by the very request that stored it,
+  by the decode instance that fetches it, by the next chunk of the same prompt. So a use promotes a
+  page only when an eighth of the pool's blocks have arrived since. Counted in pages, not seconds.
+- *Half* leaves probation long enough for the next turn of a conversation, which comes many prompts
+  later; a probation of a tenth, as for web objects, evicts a page before its first reuse.
+- A page's ancestors are used whenever it is, so they are promoted with it or before it, and the
+  leaf that goes is the right one of its queue. Where keys form no such chain, pages still go leaf
+  first, only their order is less well chosen.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from ...types import BlockId, PageKey
+from .base import Evictable
+from .ghosts import Ghosts
+from .heap import LeafHeap
+
+_PROBATION_SHARE = 2
+_SETTLING_SHARE = 8
+_WRAP = 0xFFFF_FFFF
+
+
+class TwoQueue:
+    """An ``EvictionPolicy``. Nineteen bytes a block, and an int a leaf."""
+
+    def __init__(self, total_blocks: int) -> None:
+        self._total_blocks = total_blocks
+        self._stamp = array("q", bytes(8 * total_blocks))
+        self._clock = 0
+        # When a page came, as a number of arrivals; it wraps, which no page lives to see.
+        self._arrival = array("I", bytes(4 * total_blocks))
+        self._arrivals = 0
+        self._protected = bytearray(total_blocks)
+        self._probation_pages = 0
+        self._probation_leaves = LeafHeap(total_blocks)
+        self._protected_leaves = LeafHeap(total_blocks)
+        self._ghosts = Ghosts(max(1, total_blocks))
+
+    @property
+    def _probation_limit(self) -> int:
+        return self._total_blocks // _PROBATION_SHARE
+
+    @property
+    def _settling(self) -> int:
+        return self._total_blocks // _SETTLING_SHARE
+
+    def resize(self, total_blocks: int) -> None:
+        self._total_blocks = total_blocks
+        more = max(0, total_blocks - len(self._stamp))
+        self._stamp.frombytes(bytes(8 * more))
+        self._arrival.frombytes(bytes(4 * more))
+        self._protected += bytes(more)
+        self._probation_leaves.resize(total_blocks)
+        self._protected_leaves.resize(total_blocks)
+        if total_blocks > len(self._ghosts):
+            # A fingerprint does not tell its slot in a larger table: ghosts are forgotten.
+            self._ghosts = Ghosts(total_blocks)
+
+    def insert(self, keys: Sequence[PageKey], blocks: Sequence[BlockId]) -> None:
+        self._clock += len(blocks)
+        self._arrivals = (self._arrivals + len(blocks)) & _WRAP
+        stamp, arrival, recall = self._clock, self._arrivals, self._ghosts.recall
+        for key, block in zip(keys, blocks, strict=True):
+            self._stamp[block] = stamp
+            stamp -= 1
+            self._arrival[block] = arrival
+            known = recall(key)
+            self._protected[block] = known
+            self._probation_pages += not known
+
+    def touch(self, blocks: Sequence[BlockId]) -> None:
+        self._clock += len(blocks)
+        stamp, now, settling = self._clock, self._arrivals, self._settling
+        stamps, arrival, protected = self._stamp, self._arrival, self._protected
+        for block in blocks:
+            stamps[block] = stamp
+            stamp -= 1
+            if not protected[block] and (now - arrival[block]) & _WRAP >= settling:
+                self._promote(block)
+
+    def _promote(self, block: BlockId) -> None:
+        self._protected[block] = 1
+        self._probation_pages -= 1
+        if block in self._probation_leaves:
+            # What is not evictable now loses this entry when it surfaces.
+            self._protected_leaves.offer(block, self._stamp[block])
+
+    def offer(self, block: BlockId) -> None:
+        leaves = self._protected_leaves if self._protected[block] else self._probation_leaves
+        leaves.offer(block, self._stamp[block])
+
+    def take(self, evictable: Evictable) -> BlockId | None:
+        if self._probation_pages > self._probation_limit:
+            block = self._take_probation(evictable)
+            return self._take_protected(evictable) if block is None else block
+        block = self._take_protected(evictable)
+        return self._take_probation(evictable) if block is None else block
+
+    def _take_probation(self, evictable: Evictable) -> BlockId | None:
+        protected = self._protected
+        return self._probation_leaves.take(
+            self._stamp, lambda block: not protected[block] and evictable(block)
+        )
+
+    def _take_protected(self, evictable: Evictable) -> BlockId | None:
+        protected = self._protected
+        return self._protected_leaves.take(
+            self._stamp, lambda block: bool(protected[block]) and evictable(block)
+        )
+
+    def evicted(self, block: BlockId, key: PageKey) -> None:
+        self._ghosts.remember(key)
+        self.removed(block)
+
+    def removed(self, block: BlockId) -> None:
+        self._probation_pages -= not self._protected[block]
+        self._protected[block] = 0
+
+    def outlive(self, parent: BlockId, child: BlockId) -> None:
+        stamps = self._stamp
+        if stamps[child] > stamps[parent]:
+            stamps[parent] = stamps[child]
+
+    def move(self, source: BlockId, target: BlockId) -> None:
+        # ``target`` may still have an entry of a page removed by name, and stamps must not fall.
+        self.outlive(target, source)
+        self._arrival[target] = self._arrival[source]
+        self._protected[target], self._protected[source] = self._protected[source], 0
+
+    def clear(self) -> None:
+        self._protected = bytearray(len(self._protected))
+        self._probation_pages = 0
+        self._probation_leaves.clear()
+        self._protected_leaves.clear()
+
+    def check(self, resident: Sequence[int], evictable: Evictable) -> None:
+        protected = self._protected
+        assert all(self._stamp[block] <= self._clock for block in resident), self._clock
+        assert sum(protected[block] for block in resident) == sum(protected), "absent but protected"
+        assert self._probation_pages == len(resident) - sum(protected), self._probation_pages
+        self._probation_leaves.check(
+            self._stamp, lambda block: not protected[block] and evictable(block)
+        )
+        self._protected_leaves.check(
+            self._stamp, lambda block: bool(protected[block]) and evictable(block)
+        )
