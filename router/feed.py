@@ -13,9 +13,8 @@ States: SYNCING until the first snapshot is applied, EXACT while nothing is miss
 something is (what the tree holds of the instance is then old but not dropped: a stale match costs
 a fetch that finds less, never a wrong answer).
 
-Rank 0 speaks for its instance: all ranks store the same pages in the same order, and a page that
-another rank has lost meanwhile is found missing by the fetch. The intersection over ranks would
-need a snapshot route for each rank; with one rank an instance it is the same thing.
+An instance speaks with one voice, however many ranks it has: where there are several it merges
+their streams itself, and a page counts as held when every rank holds it.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from sglang_memserve.protocol.events import (
     decode_snapshot,
 )
 from sglang_memserve.protocol.http import InstanceInfo
+from sglang_memserve.protocol.position import Position, Step
 from sglang_memserve.types import Generation, InstanceId
 
 from .global_tree import GlobalTree
@@ -99,18 +99,14 @@ class Source:
     ) -> None:
         self.instance = InstanceId(info.url)
         self.generation = Generation(info.generation)
-        self._address = info.ranks[0].events_address
+        self._address = info.events_address
         self._tree = tree
         self._fetch_snapshot = fetch_snapshot
         self._clock = clock
         self._wall_clock = wall_clock
         self._on_state = on_state
         self._state = SourceState.SYNCING
-        self._seq = -1
-        self._known_seq = -1
-        self._behind_since: float | None = None
-        # Batches up to the snapshot's may still arrive, rising, until the first newer one does.
-        self._last_stale: int | None = -1
+        self._position = Position()
         self._batches = self._gaps = self._snapshots = self._failures = 0
         self._lag_s = 0.0
         self._last_error = ""
@@ -120,8 +116,8 @@ class Source:
             instance=self.instance,
             generation=self.generation,
             state=self._state,
-            seq=self._seq,
-            known_seq=self._known_seq,
+            seq=self._position.seq,
+            known_seq=self._position.known_seq,
             batches=self._batches,
             gaps=self._gaps,
             snapshots=self._snapshots,
@@ -132,7 +128,7 @@ class Source:
 
     def told_of(self, seq: int) -> None:
         """The instance says that it has published ``seq``."""
-        self._known_seq = max(self._known_seq, seq)
+        self._position.told_of(seq)
 
     async def run(self, context: zmq.asyncio.Context) -> None:
         socket = context.socket(zmq.SUB)
@@ -181,10 +177,8 @@ class Source:
             self._tree.drop(self.instance)
             raise PeerError(f"another boot answers ({snapshot.generation})")
         self._tree.replace(self.instance, snapshot.events)
-        self._seq = self._known_seq = snapshot.seq
-        self._last_stale = -1
+        self._position.restart(snapshot.seq)
         self._snapshots += 1
-        self._behind_since = None
         self._become(SourceState.EXACT, "")
 
     async def _follow(self, socket: zmq.asyncio.Socket) -> None:
@@ -203,29 +197,22 @@ class Source:
             await asyncio.sleep(0)
 
     def _apply(self, seq: int, batch: EventBatch) -> None:
-        if self._last_stale is not None and self._last_stale < seq <= self._seq:
-            self._last_stale = seq
-            return
-        if seq != self._seq + 1:
-            raise _OutOfStep(f"batch {seq} after {self._seq}")
-        self._last_stale = None
+        match self._position.judge(seq):
+            case Step.STALE:
+                return
+            case Step.GAP:
+                raise _OutOfStep(f"batch {seq} after {self._position.seq}")
         for event in batch.events:
             self._tree.apply(self.instance, event)
-        self._seq = seq
-        self._known_seq = max(self._known_seq, seq)
+        self._position.taken()
         self._batches += 1
         self._lag_s = max(self._wall_clock() - batch.ts, 0.0)
 
     def _require_progress(self) -> None:
         """Raises _OutOfStep when the instance has been ahead of us for too long."""
-        if self._seq >= self._known_seq:
-            self._behind_since = None
-            return
-        now = self._clock()
-        if self._behind_since is None:
-            self._behind_since = now
-        elif now - self._behind_since > LAG_S:
-            raise _OutOfStep(f"at batch {self._seq}, the instance at {self._known_seq}")
+        at = self._position
+        if at.lags(self._clock(), LAG_S):
+            raise _OutOfStep(f"at batch {at.seq}, the instance at {at.known_seq}")
 
     def _become(self, state: SourceState, error: str) -> None:
         changed = state is not self._state

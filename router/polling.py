@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import aiohttp
 import msgspec
 from sglang_memserve.errors import MemServeError, PeerError, PeerUnreachable, ProtocolError
-from sglang_memserve.protocol.http import Heartbeat, InstanceInfo, Load
+from sglang_memserve.protocol.http import Heartbeat, InstanceInfo, InstanceStats, Load
 from sglang_memserve.types import InstanceId
 
 from .instances import Instances
@@ -76,11 +76,7 @@ class Poller:
         self._instances.answered(listed, info)
         load = await self._load(listed)
         status, body = await self._get(f"{listed}/memserve/stats")
-        ranks = _decode(body, dict[str, Any], "stats").get("ranks") if status == 200 else None
-        try:
-            event_seq = int(ranks[0]["event_seq"]) if ranks else -1
-        except (LookupError, TypeError, ValueError) as error:
-            raise ProtocolError(f"{listed}/memserve/stats: no event_seq ({error!r})") from error
+        event_seq = _decode(body, InstanceStats, "stats").event_seq if status == 200 else -1
         self._instances.heartbeat(
             Heartbeat(listed, info.generation, info.role, load, event_seq=event_seq)
         )

@@ -73,11 +73,12 @@ async def serve_instance(port: int, folder: str) -> None:
         page_size=16,
         context_length=100_000,
         max_total_tokens=100_000,
+        events_address="tcp://127.0.0.1:9",
         ranks=[RankInfo(0, "tcp://127.0.0.1:9", "tcp://127.0.0.1:9", 1, namespace.block_bytes)],
     )
     fixed = {
         b"/memserve/info": msgspec.json.encode(info),
-        b"/memserve/stats": b'{"ranks":[{"event_seq":-1}]}',
+        b"/memserve/stats": b'{"event_seq":-1,"instance":{},"ranks":[{}]}',
         b"/memserve/snapshot": encode_snapshot(Snapshot("boot", -1, [])),
         b"/v1/loads": b'{"loads":[]}',
         b"/tokenize": b"{}",

@@ -153,6 +153,7 @@ class Machine:
             page_size=PAGE,
             context_length=100_000,
             max_total_tokens=100_000,
+            events_address="tcp://127.0.0.1:9",
             ranks=[RankInfo(0, "tcp://127.0.0.1:9", "tcp://127.0.0.1:9", 100, 128)],
         )
 
@@ -181,7 +182,7 @@ class Machine:
         if path == "/memserve/info":
             await line.answer(self.info())
         elif path == "/memserve/stats":
-            await line.answer({"ranks": [{"event_seq": -1}]})
+            await line.answer({"event_seq": -1, "instance": {}, "ranks": [{}]})
         elif path == "/memserve/snapshot":
             await line.answer(encode_snapshot(self._snapshot()), kind="application/msgpack")
         elif path == "/memserve/fetch":

@@ -75,6 +75,7 @@ class FakeInstance:
             page_size=16,
             context_length=8192,
             max_total_tokens=20000,
+            events_address=self.events_address,
             ranks=[RankInfo(0, "tcp://127.0.0.1:1", self.events_address, 100, 1)],
         )
 
@@ -113,7 +114,7 @@ class FakeInstance:
         if path == "/memserve/info":
             return web.Response(body=msgspec.json.encode(self.info))
         if path == "/memserve/stats":
-            return web.json_response({"ranks": [{"event_seq": float(self.seq)}]})
+            return web.json_response({"event_seq": self.seq, "instance": {}, "ranks": [{}]})
         return web.Response(status=404)
 
 

@@ -43,6 +43,7 @@ def info(url: str = A, generation: str = "g1", **changes: object) -> InstanceInf
         page_size=namespace.page_size,
         context_length=8192,
         max_total_tokens=20000,
+        events_address="tcp://127.0.0.1:2",
         ranks=[RankInfo(0, "tcp://127.0.0.1:1", "tcp://127.0.0.1:2", 100, namespace.block_bytes)],
     )
     return msgspec.structs.replace(plain, **changes)

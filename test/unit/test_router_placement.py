@@ -60,6 +60,7 @@ def instances_of(*roles: str, model: str = "m") -> Instances:
             page_size=PAGE,
             context_length=1000,
             max_total_tokens=1000,
+            events_address="tcp://a:3",
             ranks=[RankInfo(0, "tcp://a:2", "tcp://a:3", 10, namespace.block_bytes)],
         )
         instances.register(info)

@@ -12,11 +12,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from ..hashing import short_key
 from ..protocol.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from ..types import PageKey, Tier
+from .chains import chains
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,28 +118,5 @@ def to_events(records: Iterable[Record], page_size: int, tier: Tier) -> list[Eve
 
 def rebuild(keys: Sequence[PageKey], parents: Sequence[PageKey | None]) -> list[Stored]:
     """Records that lead from an empty index to one that holds ``keys[i]`` under ``parents[i]``,
-    parents before children. Pages that follow their parent directly share its record.
-
-    Keys in order of insertion make few records, and one pass over neighbours in memory: with a
-    million pages a map of all of them would cost seconds.
-    """
-    bounds = [i for i in range(1, len(keys)) if parents[i] is None or parents[i] != keys[i - 1]]
-    bounds = [0, *bounds, len(keys)] if keys else []
-    chains = [keys[start:stop] for start, stop in pairwise(bounds)]
-    heads = [parents[start] for start in bounds[:-1]]
-    # Chains by the page they hang under; those left at the end hang under none of ours.
-    under: dict[PageKey | None, list[int]] = {}
-    for number, parent in enumerate(heads):
-        under.setdefault(parent, []).append(number)
-    branches: list[list[int]] = [[] for _ in chains]
-    for number, chain in enumerate(chains):
-        for key in chain:
-            if key in under:
-                branches[number] += under.pop(key)
-    waiting = [number for numbers in under.values() for number in numbers]
-    records: list[Stored] = []
-    while waiting:
-        number = waiting.pop()
-        records.append(Stored(chains[number], heads[number]))
-        waiting += branches[number]
-    return records
+    parents before children."""
+    return [Stored(chain, parent) for chain, parent in chains(keys, parents)]

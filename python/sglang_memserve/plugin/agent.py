@@ -29,6 +29,7 @@ from ..protocol.http import (
     Heartbeat,
     HeartbeatReply,
     InstanceInfo,
+    InstanceStats,
     Load,
     RankInfo,
     Registration,
@@ -37,6 +38,7 @@ from ..protocol.http import (
 )
 from ..transfer.client import LocalClient
 from ..types import Role
+from .residency import Residency, residency_of
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class InstanceAgent:
     api_key: str | None = None
     role: Role = field(init=False)
     _ranks: list[LocalClient] = field(init=False, default_factory=list)
+    _residency: Residency = field(init=False)
     _info: InstanceInfo | None = field(init=False, default=None)
     _session: aiohttp.ClientSession | None = field(init=False, default=None)
     _tasks: list[asyncio.Task[None]] = field(init=False, default_factory=list)
@@ -103,6 +106,8 @@ class InstanceAgent:
         self._session = aiohttp.ClientSession(headers=headers)
         tp_size = self.engine.describe().tp_size
         self._ranks = [LocalClient(self.config.rank_socket(rank)) for rank in range(tp_size)]
+        self._residency = residency_of(self.config, self._ranks)
+        await self._residency.start()
         for url in self.config.router_urls:
             self._routers[url] = _RouterState.REGISTERING
             self._tasks.append(asyncio.create_task(self._attend(url), name=f"router {url}"))
@@ -132,6 +137,7 @@ class InstanceAgent:
         await self.leave_routers()
         if self._session is not None:
             await self._session.close()
+        await self._residency.stop()
         for rank in self._ranks:
             rank.close()
 
@@ -144,15 +150,18 @@ class InstanceAgent:
         return msgspec.structs.replace(self._info, role=self.role.value)
 
     async def snapshot(self) -> bytes:
-        reply = await self._ranks[0].call(control.SnapshotRequest(), RANK_CALL_S)
-        assert isinstance(reply, control.SnapshotReply), reply
-        return reply.snapshot
+        """What every rank holds."""
+        return await self._residency.snapshot()
 
-    async def stats(self) -> list[dict[str, float]]:
+    async def stats(self) -> InstanceStats:
         replies = await asyncio.gather(
             *(rank.call(control.StatsRequest(), RANK_CALL_S) for rank in self._ranks)
         )
-        return [reply.values for reply in replies if isinstance(reply, control.StatsReply)]
+        return InstanceStats(
+            event_seq=await self._residency.last_seq(),
+            instance=await self._residency.stats(),
+            ranks=[reply.values for reply in replies if isinstance(reply, control.StatsReply)],
+        )
 
     async def fetch(self, body: FetchBody) -> FetchResult:
         """Every rank fetches its own shard from the same rank of each source.
@@ -232,6 +241,7 @@ class InstanceAgent:
             page_size=namespace.page_size,
             context_length=facts.context_length,
             max_total_tokens=facts.max_total_tokens,
+            events_address=await self._residency.events_address(),
             ranks=[
                 RankInfo(
                     rank=rank.rank,
@@ -302,14 +312,12 @@ class InstanceAgent:
     async def _beat(self, url: str, interval_s: float) -> None:
         """Returns when the router does not know us any more."""
         while True:
-            stats = await self._ranks[0].call(control.StatsRequest(), RANK_CALL_S)
-            assert isinstance(stats, control.StatsReply), stats
             beat = Heartbeat(
                 url=self.config.url,
                 generation=self.config.generation,
                 role=self.role.value,
                 load=await self.engine.load(),
-                event_seq=int(stats.values["event_seq"]),
+                event_seq=await self._residency.last_seq(),
             )
             data = await self._post(f"{url}/memserve/heartbeat", msgspec.json.encode(beat))
             if not msgspec.json.decode(data, type=HeartbeatReply).known:

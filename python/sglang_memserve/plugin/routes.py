@@ -117,7 +117,7 @@ def _routes(agent: InstanceAgent) -> APIRouter:
     @router.get("/stats")
     async def stats() -> Response:
         try:
-            return _json({"ranks": await agent.stats()})
+            return _json(await agent.stats())
         except MemServeError as error:
             return _error(error)
 

@@ -1,6 +1,7 @@
 """What instances, ranks and routers say to each other. Pure values and codecs; no sockets.
 
 ``events``     residency of pages, in SGLang's own KV-event format, and the snapshot
+``position``   where a subscriber stands in such a stream
 ``handshake``  namespaces, layout hash, protocol version
 ``control``    rank to rank (hello, lease, release) and HTTP process to its ranks (fetch, stats)
 ``http``       bodies of ``/memserve/*`` on instances and on the router

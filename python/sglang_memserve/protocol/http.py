@@ -2,9 +2,9 @@
 
 On an instance (on SGLang's own app, same API key):
     GET  /memserve/info      -> InstanceInfo
-    GET  /memserve/snapshot  -> msgpack ``events.Snapshot`` of rank 0 (``application/msgpack``)
+    GET  /memserve/snapshot  -> msgpack ``events.Snapshot`` (``application/msgpack``)
     POST /memserve/fetch     FetchBody -> FetchResult
-    GET  /memserve/stats     -> {"ranks": [{name: value}]}
+    GET  /memserve/stats     -> InstanceStats
     POST /memserve/role      {"role": "prefill"|"decode"|"both"} -> InstanceInfo
 On a router:
     POST /memserve/register    Registration -> RegistrationReply (409 with the reason: a mismatch)
@@ -21,7 +21,7 @@ from ..types import Namespace
 
 
 class RankInfo(msgspec.Struct, frozen=True):
-    """Where one rank listens for other ranks and where it publishes its events."""
+    """Where one rank listens for other ranks and where it publishes what it alone holds."""
 
     rank: int
     peer_address: str
@@ -31,7 +31,10 @@ class RankInfo(msgspec.Struct, frozen=True):
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):
-    """What an instance is. ``layout_hash`` is rank 0's; ``namespace`` explains it."""
+    """What an instance is. ``layout_hash`` is rank 0's; ``namespace`` explains it.
+
+    ``events_address``: the stream of what all ranks hold; the snapshot belongs to it.
+    """
 
     protocol: int
     url: str
@@ -44,6 +47,7 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     page_size: int
     context_length: int
     max_total_tokens: int
+    events_address: str
     ranks: list[RankInfo]
 
 
@@ -68,8 +72,8 @@ class RegistrationReply(msgspec.Struct, frozen=True):
 
 
 class Heartbeat(msgspec.Struct, frozen=True):
-    """``event_seq``: number of rank 0's last event batch, -1 before the first: a router that has
-    not seen it a moment later has lost events."""
+    """``event_seq``: number of the instance's last event batch, -1 before the first: a router
+    that has not seen it a moment later has lost events."""
 
     url: str
     generation: str
@@ -82,6 +86,15 @@ class HeartbeatReply(msgspec.Struct, frozen=True):
     """``known`` is False when the router has forgotten us: register again."""
 
     known: bool
+
+
+class InstanceStats(msgspec.Struct, frozen=True):
+    """Counters and gauges, documented in ``docs/mempool.md``. ``instance``: of what is the whole
+    instance's; ``ranks``: of each rank. ``event_seq`` as in ``Heartbeat``."""
+
+    event_seq: int
+    instance: dict[str, float]
+    ranks: list[dict[str, float]]
 
 
 class FetchSource(msgspec.Struct, frozen=True):
