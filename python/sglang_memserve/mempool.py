@@ -31,12 +31,21 @@ from .memory.arena import SLAB_BYTES, Arena
 from .memory.layout import BlockLayout
 from .memory.lease import PoolLease, PoolStore
 from .pool.ledger import Ledger
-from .pool.resize import Progress, Region, Resize, ResizeOutcome, ResizeResult
+from .pool.resize import Resize
 from .protocol.events import Event, Snapshot
-from .types import BlockId, Eviction, Generation, Namespace, PageKey, Tier
+from .types import (
+    BlockId,
+    Eviction,
+    Generation,
+    Namespace,
+    PageKey,
+    Progress,
+    Region,
+    ResizeResult,
+    Tier,
+)
 
-__all__ = ["MemPool", "PoolLease", "PoolStore", "Progress", "Resize", "ResizeOutcome"]
-__all__ += ["ResizeResult"]
+__all__ = ["MemPool", "PoolLease", "PoolStore", "Resize"]
 
 MAX_SUBSCRIBERS = 64
 MAX_RESIZE_WAIT_S = 600.0
@@ -280,11 +289,11 @@ class MemPool:
         until_s = time.monotonic() + require_wait(wait_s)
         change = self.prepare_resize(total_bytes)
         try:
-            if wait_s == 0 and not change.blockers().none:
-                return change.abort(str(change.blockers()))
+            if wait_s == 0 and (obstacle := change.obstacle()):
+                return change.abort(obstacle)
             while (progress := change.vacate()) is not Progress.DONE:
                 if time.monotonic() >= until_s and progress is Progress.BLOCKED:
-                    return change.abort(str(change.blockers()))
+                    return change.abort(change.obstacle())
                 if progress is Progress.BLOCKED:
                     time.sleep(_RESIZE_POLL_S)
             return change.complete()

@@ -91,3 +91,35 @@ DTYPE_BYTES = {
     "float8_e5m2": 1,
     "float8_e5m2fnuz": 1,
 }
+
+
+Region = tuple[int, int]
+"""A range of memory: virtual address and length in bytes."""
+
+
+class Progress(Enum):
+    """How far something is that is done piece by piece. BLOCKED: others have to end first."""
+
+    DONE = "done"
+    WORKING = "working"
+    BLOCKED = "blocked"
+
+
+class ResizeOutcome(Enum):
+    """``REFUSED``: the pool is as large as before."""
+
+    RESIZED = "resized"
+    UNCHANGED = "unchanged"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeResult:
+    """``total_blocks`` and ``total_bytes``: the pool's size now. ``reason``: of a refusal."""
+
+    outcome: ResizeOutcome
+    total_blocks: int
+    total_bytes: int
+    moved_pages: int
+    evicted_pages: int
+    reason: str = ""

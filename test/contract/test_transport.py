@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import pytest
 from sglang_memserve.errors import TransferFailed
@@ -164,6 +164,83 @@ def test_memory_that_is_not_registered_is_not_read(pair: Pair) -> None:
         pair.reader.read(pair.peer, [beyond], [pair.ours.base], BLOCK)
     with pytest.raises(TransferFailed):
         pair.reader.read(pair.peer, [pair.theirs.base], [pair.ours.base - BLOCK], BLOCK)
+    assert pair.read([(1, 1)]) is ReadState.DONE
+
+
+def halves(pair: Pair, make: Callable[[str], Transport], stack: ExitStack) -> Memory:
+    """A holder whose memory is registered half by half, of which ``pair`` knows the first."""
+    memory = Memory(first=100)
+    pair.holder = make(f"halves-{secrets.token_hex(6)}")
+    stack.callback(pair.holder.close)
+    pair.theirs = memory
+    pair.holder.register(memory.base, memory.size // 2)
+    pair.peer = pair.reader.connect(pair.holder.metadata())
+    return memory
+
+
+def test_memory_that_is_registered_later_can_be_read_after_connecting_again(
+    pair: Pair, make: Callable[[str], Transport]
+) -> None:
+    with ExitStack() as stack:
+        memory = halves(pair, make, stack)
+        with pytest.raises(TransferFailed):
+            pair.start([(BLOCKS - 1, 0)])
+        running = pair.start([(index, index) for index in range(8)])
+        pair.holder.register(memory.address(BLOCKS // 2), memory.size // 2)
+        assert pair.reader.connect(pair.holder.metadata()) == pair.peer
+        # Neighbours on both sides of the seam are one run for the reader.
+        assert pair.read([(index, index) for index in range(16, BLOCKS)]) is ReadState.DONE
+        assert wait(pair.reader, running) is ReadState.DONE
+        for index in (0, 7, 16, BLOCKS // 2 - 1, BLOCKS // 2, BLOCKS - 1):
+            assert pair.ours.block(index) == memory.block(index), index
+
+
+def test_our_own_memory_may_come_in_ranges_too(pair: Pair) -> None:
+    more = Memory()
+    pair.reader.unregister(pair.ours.base, pair.ours.size)
+    with pytest.raises(TransferFailed):
+        pair.start([(0, 0)])
+    pair.ours = more
+    pair.reader.register(more.base, more.size // 2)
+    pair.reader.register(more.address(BLOCKS // 2), more.size // 2)
+    assert pair.read([(index, index) for index in range(BLOCKS)]) is ReadState.DONE
+    assert bytes(more.map) == bytes(pair.theirs.map)
+
+
+def test_memory_that_was_given_back_and_came_again_is_read_as_it_is_now(
+    pair: Pair, make: Callable[[str], Transport]
+) -> None:
+    with ExitStack() as stack:
+        memory = halves(pair, make, stack)
+        second = memory.address(BLOCKS // 2), memory.size // 2
+        for round_ in range(3):
+            pair.holder.register(*second)
+            assert pair.reader.connect(pair.holder.metadata()) == pair.peer
+            memory.map[-BLOCK:] = bytes([round_]) * BLOCK
+            assert pair.read([(BLOCKS - 1, round_), (0, 9)]) is ReadState.DONE
+            assert pair.ours.block(round_) == bytes([round_]) * BLOCK
+            pair.holder.unregister(*second)
+            # Who has not heard of it gets an error or bytes, and is none the worse for it.
+            with suppress(TransferFailed):
+                pair.read([(BLOCKS - 1, 20)])
+            pair.peer = pair.reader.connect(pair.holder.metadata())
+            with pytest.raises(TransferFailed):
+                pair.start([(BLOCKS - 1, 20)])
+            assert pair.read([(0, 9)]) is ReadState.DONE
+
+
+def test_ranges_that_cannot_be_registered_or_given_back(pair: Pair) -> None:
+    for base, length in (
+        (pair.ours.base, BLOCK),
+        (pair.ours.base - BLOCK, 2 * BLOCK),
+        (pair.ours.base + pair.ours.size - 1, BLOCK),
+        (1 << 20, 0),
+    ):
+        with pytest.raises(TransferFailed, match="cannot register"):
+            pair.reader.register(base, length)
+    for base, length in ((pair.ours.base, BLOCK), (pair.ours.base + BLOCK, BLOCK), (1, 1)):
+        with pytest.raises(TransferFailed, match="not registered"):
+            pair.reader.unregister(base, length)
     assert pair.read([(1, 1)]) is ReadState.DONE
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from sglang_memserve.errors import ConfigError, LimitExceeded
 from sglang_memserve.memory import arena as arena_module
-from sglang_memserve.mempool import MemPool, Progress, ResizeOutcome, ResizeResult
+from sglang_memserve.mempool import MemPool
 from sglang_memserve.protocol.events import BlockRemoved
-from sglang_memserve.types import Namespace, PageKey
+from sglang_memserve.types import Namespace, PageKey, Progress, ResizeOutcome, ResizeResult
 
 NAMESPACE = Namespace("model", "1", "bfloat16", 4, 2, 1, 8, 8, 0, 1)
 BLOCK = NAMESPACE.block_bytes

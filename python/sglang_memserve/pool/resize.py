@@ -11,42 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
 
 from ..memory.arena import Arena, Slab
-from ..types import BlockId
+from ..types import BlockId, Progress, Region, ResizeOutcome, ResizeResult
 from .ledger import Ledger
 from .shrink import Blockers, Shrink
 
 MOVE_BYTES = 16 << 20
-
-Region = tuple[int, int]
-"""Virtual address and length in bytes."""
-
-
-class Progress(Enum):
-    DONE = "done"
-    WORKING = "working"
-    BLOCKED = "blocked"
-
-
-class ResizeOutcome(Enum):
-    """``REFUSED``: the pool is as large as before, and ``reason`` says why."""
-
-    RESIZED = "resized"
-    UNCHANGED = "unchanged"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True, slots=True)
-class ResizeResult:
-    outcome: ResizeOutcome
-    total_blocks: int
-    total_bytes: int
-    moved_pages: int
-    evicted_pages: int
-    reason: str = ""
 
 
 class Resize:
@@ -120,6 +91,11 @@ class Resize:
             if self._shrink is None or self._ledger.closed:
                 return Blockers(0, 0, 0, 0.0)
             return self._shrink.blockers()
+
+    def obstacle(self) -> str:
+        """What is in the way, in words; empty when nothing is."""
+        blockers = self.blockers()
+        return "" if blockers.none else str(blockers)
 
     def complete(self) -> ResizeResult:
         """The pool has its new size. After ``vacate`` said DONE."""

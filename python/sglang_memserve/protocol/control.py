@@ -9,6 +9,7 @@ request id (8 bytes, chosen by the asker, echoed in the answer) and one msgpack 
     ReleaseRequest -> ReleaseReply   end the lease and learn whether it was valid all along
 ``local`` socket (ipc, this machine's user only), the instance's HTTP process:
     FetchRequest -> FetchReply   make pages of peers our own
+    ResizeRequest -> ResizeReply   grow or shrink the DRAM pool
     SnapshotRequest -> SnapshotReply
     StatsRequest -> StatsReply
     PeersRequest -> PeersReply   who belongs to the cluster: connect to them, forget the others
@@ -40,7 +41,8 @@ class Hello(_Message, frozen=True):
 
 class HelloReply(_Message, frozen=True):
     """``transport_metadata``: the holder's NIXL agent metadata (or the loopback's name).
-    ``memory``: (address, bytes) of each range that it can be read from; blocks lie in these."""
+    ``memory``: (address, bytes) of each range that it can be read from; blocks lie in these.
+    ``memory_version`` grows when the holder's memory does, or shrinks."""
 
     version: int
     instance_id: str
@@ -48,6 +50,7 @@ class HelloReply(_Message, frozen=True):
     namespace: Namespace
     transport_metadata: bytes
     memory: list[tuple[int, int]] = []
+    memory_version: int = 0
 
 
 class LeaseRequest(_Message, frozen=True):
@@ -69,11 +72,13 @@ class LeaseReply(_Message, frozen=True):
 
     ``addresses[i]`` is the holder's virtual address of the block of ``keys[i]``;
     ``checksums`` is empty or has one 64-bit value a block; 0 stands for one that is not known.
+    ``memory_version`` is the holder's: who knows an older one has to greet it again before reading.
     """
 
     lease_id: int
     addresses: list[int]
     checksums: list[int]
+    memory_version: int = 0
 
 
 class ReleaseRequest(_Message, frozen=True):
@@ -142,6 +147,25 @@ class FetchReply(_Message, frozen=True):
     seconds: float
     outcome: str
     sources: list[SourceReply] = []
+
+
+class ResizeRequest(_Message, frozen=True):
+    """Grow or shrink the rank's DRAM pool to ``total_bytes``; ``wait_s``: how long to wait for
+    leases and stores that are in the way of shrinking."""
+
+    total_bytes: int
+    wait_s: float
+
+
+class ResizeReply(_Message, frozen=True):
+    """As ``types.ResizeResult``; ``outcome``: ``resized``, ``unchanged`` or ``refused``."""
+
+    outcome: str
+    total_blocks: int
+    total_bytes: int
+    moved_pages: int
+    evicted_pages: int
+    reason: str = ""
 
 
 class SnapshotRequest(_Message, frozen=True):
@@ -216,6 +240,8 @@ Message = (
     | ReleaseReply
     | FetchRequest
     | FetchReply
+    | ResizeRequest
+    | ResizeReply
     | SnapshotRequest
     | SnapshotReply
     | StatsRequest

@@ -2,6 +2,7 @@
 
 ``base``      the seams: BlockStore, Pool, Transport
 ``plan``      descriptors of one read, merged and cut into submissions; pure
+``regions``   which memory is registered, and what peers are told of it; pure
 ``outcome``   why a fetch ended
 ``port``      what a fetch needs of the world outside
 ``round``     one lease, what is read under it, and its release; pure
@@ -16,6 +17,7 @@
 ``peers``     whom a rank can talk to and read from
 ``members``   who belongs to the cluster; connected before the first fetch
 ``session``   the reader's side: the fetches of a rank, reads that were given up
+``resizer``   changes of the pool's size, with the network told of them
 ``sockets``   the ZMQ sockets of a rank, as messages in and out
 ``loop``      what the agent's thread does, turn by turn
 ``agent``     the thread of a rank that owns all of it

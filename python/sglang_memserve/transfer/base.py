@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Protocol
 
 from ..protocol.events import Event, Snapshot
-from ..types import BlockId, PageKey
+from ..types import BlockId, PageKey, Progress, Region, ResizeResult
 
 
 class Lease(Protocol):
@@ -79,11 +79,47 @@ class BlockStore(Protocol):
         ...
 
 
+class Resize(Protocol):
+    """One change of a pool's size: register ``adds``, or ``vacate`` until it is DONE and unregister
+    ``removes``; then ``complete``. ``abort`` leaves the size as it was."""
+
+    @property
+    def adds(self) -> Sequence[Region]: ...
+
+    @property
+    def removes(self) -> Sequence[Region]: ...
+
+    def vacate(self) -> Progress:
+        """Do a bounded piece of the work."""
+        ...
+
+    def obstacle(self) -> str:
+        """What is in the way, in words; empty when nothing is."""
+        ...
+
+    def complete(self) -> ResizeResult: ...
+
+    def abort(self, reason: str = "") -> ResizeResult: ...
+
+
 class Pool(BlockStore, Protocol):
     """What a ``RankAgent`` needs of the rank's pool. Thread-safe; every method returns at once."""
 
     @property
     def total_blocks(self) -> int: ...
+
+    def regions(self) -> Sequence[Region]:
+        """The memory in use, in the ranges in which it is to be registered."""
+        ...
+
+    def prepare_resize(self, total_bytes: int) -> Resize:
+        """Raises ConfigError for a size that cannot be, LimitExceeded while another one is under
+        way."""
+        ...
+
+    def own_resizing(self, owner: str | None) -> None:
+        """``owner`` registers the memory: from now on the size changes through it only."""
+        ...
 
     def expire(self) -> int:
         """End the leases whose deadline has passed; returns how many there were."""
@@ -119,17 +155,28 @@ class Transport(Protocol):
     """
 
     def register(self, base: int, length: int) -> None:
-        """Make our memory readable by peers and usable as a destination."""
+        """Make a range of our memory readable by peers and usable as a destination.
+
+        A read may go over several ranges, a block may not. Peers that know us learn of a new range
+        by connecting again. Raises TransferFailed when it overlaps one that is registered."""
+        ...
+
+    def unregister(self, base: int, length: int) -> None:
+        """Undo one ``register``, when no read of ours goes there any more. What a peer still reads
+        from there fails or gets bytes of any kind, and harms nobody. Raises TransferFailed for a
+        range that is not registered."""
         ...
 
     def metadata(self) -> bytes:
-        """What a peer needs to read from us. Call after ``register``."""
+        """What a peer needs to read from us. Call after ``register``, and again after a change."""
         ...
 
     def connect(self, metadata: bytes) -> str:
-        """Learn a peer; returns the name to use for it. Doing it again renews the connection.
+        """Learn a peer; returns the name to use for it. Doing it again renews the connection; with
+        newer metadata of the same peer, its new memory is learnt, also while reads from it run.
 
-        Raises TransferFailed when the peer is gone or reads from it have not ended."""
+        Raises TransferFailed when the peer is gone, or reads from it have not ended where that is
+        in the way: the connection is to be renewed, or memory was registered anew."""
         ...
 
     def disconnect(self, peer: str) -> None:

@@ -44,6 +44,9 @@ class FaultyTransport:
     def register(self, base: int, length: int) -> None:
         self._inner.register(base, length)
 
+    def unregister(self, base: int, length: int) -> None:
+        self._inner.unregister(base, length)
+
     def metadata(self) -> bytes:
         return self._inner.metadata()
 

@@ -14,6 +14,8 @@ from .port import Port, Task
 from .round import Phase, Round
 
 _LOOK_PAGES = 256
+# How often a source's memory may change during one fetch.
+_MAX_UPDATES = 8
 
 
 class Span(NamedTuple):
@@ -62,6 +64,7 @@ class Holder:
         self._hello_id: int | None = None
         self._hello_until_s = task.deadline_s
         self._regreeted = False
+        self._updates = 0
 
     @property
     def busy(self) -> bool:
@@ -219,6 +222,13 @@ class Holder:
 
     def _on_failed(self, round_: Round, span: Span, ending: Ending, now: float) -> None:
         outcome = ending.outcome
+        if round_.outdated and self.ending is None and self._updates < _MAX_UPDATES:
+            known = self._port.greeting()
+            if known is not None and known.memory_version <= round_.memory_version:
+                self._port.forget()
+                self._updates += 1
+            self._return(span)
+            return
         if outcome is Outcome.LEASE_INVALID:
             self._port.forget()
         if round_.refused and self.ending is None:

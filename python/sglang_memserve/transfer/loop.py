@@ -28,15 +28,17 @@ from ..protocol.control import (
     InfoRequest,
     Message,
     PeersRequest,
+    ResizeRequest,
     SnapshotReply,
     SnapshotRequest,
     StatsReply,
     StatsRequest,
 )
-from ..types import Namespace
+from ..types import Namespace, Region
 from .base import Pool, Transport
 from .members import Membership, MembershipLimits
 from .port import FetchSettings
+from .resizer import Resizer
 from .serve import LeaseServer, ServeLimits, error_reply
 from .session import SessionLimits, Sessions
 from .sockets import Dialer, MalformedFrames, Publisher, Route, Server, Wake
@@ -112,9 +114,11 @@ class AgentLoop:
             undo.callback(self._context.destroy, 0)
             undo.callback(transport.close)
             self._bind(config)
-            transport.register(pool.arena_base, pool.arena_bytes)
+            for region in pool.regions():
+                transport.register(*region)
             self._make_parts(config)
             undo.pop_all()
+        pool.own_resizing(f"the agent of rank {config.rank}")
         pool.subscribe(partial(self._notice, self._pages_changed))
         pool.set_event_wake(partial(self._notice, self._events_waiting))
 
@@ -131,10 +135,9 @@ class AgentLoop:
 
     def _make_parts(self, config: AgentConfig) -> None:
         who = (PROTOCOL_VERSION, config.instance_id, config.generation, config.namespace)
-        memory = [(self._pool.arena_base, self._pool.arena_bytes)]
-        self.server = LeaseServer(
-            self._pool, HelloReply(*who, self._transport.metadata(), memory), config.serve
-        )
+        hello = HelloReply(*who, self._transport.metadata(), self._memory())
+        self.server = LeaseServer(self._pool, hello, config.serve)
+        self.resizer = Resizer(self._pool, self._transport, self._tell_memory)
         self.sessions = Sessions(
             self._pool,
             self._transport,
@@ -147,6 +150,12 @@ class AgentLoop:
         self.members = Membership(
             self.sessions.peers, self._pool, self._transport, Hello(*who), config.members
         )
+
+    def _memory(self) -> list[Region]:
+        return [(self._pool.arena_base, self._pool.arena_bytes)]
+
+    def _tell_memory(self) -> None:
+        self.server.memory_changed(self._transport.metadata(), self._memory())
 
     def _notice(self, flag: threading.Event) -> None:
         """On any thread, often the engine's: one system call, and none when one is pending."""
@@ -172,7 +181,9 @@ class AgentLoop:
     def close(self) -> None:
         now = time.monotonic()
         self._pool.set_event_wake(None)
+        self._pool.own_resizing(None)
         try:
+            self.resizer.close()
             self.server.close()
             self.members.close()
             self.sessions.close(now)
@@ -227,6 +238,7 @@ class AgentLoop:
         if now >= min(self.server.wake_s(), self.sessions.wake_s(now)):
             self.server.on_time(now)
             self.sessions.on_time(now)
+        self.resizer.on_time(now)
         if now >= self._housekeeping_s:
             self._housekeeping_s = now + _HOUSEKEEPING_S
             self._pool.expire()
@@ -237,7 +249,8 @@ class AgentLoop:
     def _timeout_ms(self, now: float) -> int:
         if self._reading or self._submissions:
             return 0
-        wake_s = min(self.server.wake_s(), self.sessions.wake_s(now), self._housekeeping_s)
+        wakes = (self.server.wake_s(), self.sessions.wake_s(now), self.resizer.wake_s())
+        wake_s = min(*wakes, self._housekeeping_s)
         # Rounded up: waking a little early would mean a turn for nothing.
         return max(0, int((wake_s - now) * 1000) + 1)
 
@@ -292,6 +305,8 @@ class AgentLoop:
                 answer(StatsReply(self.stats()))
             case InfoRequest():
                 answer(self.info())
+            case ResizeRequest():
+                self.resizer.submit(message, now, answer)
             case PeersRequest():
                 answer(self.members.set_members(message.peers, message.valid_s, now))
             case _:

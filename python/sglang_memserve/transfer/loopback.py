@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..errors import TransferFailed
 from .base import ReadState
 from .plan import Segment, segments
+from .regions import Regions, cut
 
 _MERGE_BYTES = 1 << 20
 
@@ -34,7 +35,7 @@ class LoopbackTransport:
     def __init__(self, name: str, segments_per_poll: int = 64) -> None:
         self.name = name
         self._per_poll = segments_per_poll
-        self._regions: list[tuple[int, int]] = []
+        self._regions = Regions()
         self._reads: dict[int, _Read] = {}
         self._next = 1
         self._peers: set[str] = set()
@@ -45,7 +46,12 @@ class LoopbackTransport:
             _open[name] = self
 
     def register(self, base: int, length: int) -> None:
-        self._regions.append((base, length))
+        with self._lock:
+            self._regions.add(base, length)
+
+    def unregister(self, base: int, length: int) -> None:
+        with self._lock:
+            self._regions.remove(base, length)
 
     def metadata(self) -> bytes:
         return self.name.encode()
@@ -63,12 +69,8 @@ class LoopbackTransport:
         if peer not in self._peers:
             raise TransferFailed(f"not connected to {peer!r}")
         holder = self._find(peer)
-        parts = list(segments(remote, local, block_bytes, _MERGE_BYTES))
-        for part in parts:
-            if not holder.covers(part.remote, part.length):
-                raise TransferFailed(f"{peer!r} has not registered {part.remote:#x}")
-            if not self.covers(part.local, part.length):
-                raise TransferFailed(f"destination {part.local:#x} is not registered")
+        merged = segments(remote, local, block_bytes, _MERGE_BYTES)
+        parts = list(cut(merged, holder._regions, self._regions))
         handle = self._next
         self._next += 1
         self._reads[handle] = _Read(peer, parts)
@@ -84,7 +86,7 @@ class LoopbackTransport:
         todo = read.parts[read.done : read.done + self._per_poll]
         with holder._lock:
             for part in todo:
-                if not holder.covers(part.remote, part.length):
+                if not holder._regions.covers(part.remote, part.length):
                     del self._reads[handle]
                     return ReadState.FAILED
                 ctypes.memmove(part.local, part.remote, part.length)
@@ -106,11 +108,6 @@ class LoopbackTransport:
         with self._lock:
             self._regions.clear()
         self._reads.clear()
-
-    def covers(self, address: int, length: int) -> bool:
-        return any(
-            base <= address and address + length <= base + size for base, size in self._regions
-        )
 
     def _find(self, name: str) -> LoopbackTransport:
         with _lock:

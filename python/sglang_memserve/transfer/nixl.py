@@ -10,6 +10,10 @@ What was measured, and shapes this file:
 - Between processes of one machine UCX copies inside the submission (cross-memory attach), so a
   submission lasts as long as its bytes take. A read is therefore cut into batches, one or a few
   submitted a poll, and the calling thread stays responsive.
+- A peer's metadata can be loaded again to learn of memory that it has registered since, also while
+  reads run. Registrations that are gone stay known until the peer is removed, which does no harm
+  unless the same memory was registered anew: then the peer is removed first, when no read runs.
+- A descriptor must lie within one registration on either side.
 - A read cannot be cancelled. After releasing a running request, or removing its agent, NIXL
   forgets it but its bytes still land. So a read is only ever waited for: ``cancel`` submits nothing
   more, and a peer is removed when its reads have ended.
@@ -29,6 +33,7 @@ import numpy as np
 from ..errors import TransferFailed
 from .base import ReadState
 from .plan import Segment, batches, segments
+from .regions import Regions, cut, describe, understand
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +54,15 @@ class _Read:
     failed: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Peer:
+    """``regions``: what it has registered; ``seen``: what NIXL believes it has."""
+
+    metadata: bytes
+    regions: Regions
+    seen: Regions
+
+
 class NixlTransport:
     """``name`` must differ from every other agent's, of earlier boots too.
 
@@ -61,26 +75,48 @@ class NixlTransport:
         self._nixl: RawNixl | None = None
         self._reads: dict[int, _Read] = {}
         self._next = 1
-        self._names: dict[bytes, str] = {}
+        self._regions = Regions()
+        self._peers: dict[str, _Peer] = {}
         self._leaving: set[str] = set()
 
     def register(self, base: int, length: int) -> None:
         if self._nixl is None:
             self._nixl = RawNixl(self.name)
-        self._nixl.register(base, length)
+        self._regions.add(base, length)
+        try:
+            self._nixl.register(base, length)
+        except TransferFailed:
+            self._regions.remove(base, length)
+            raise
+
+    def unregister(self, base: int, length: int) -> None:
+        nixl = self._open()
+        self._regions.remove(base, length)
+        nixl.unregister(base, length)
 
     def metadata(self) -> bytes:
-        return self._open().metadata()
+        return describe(self.name, self._regions, self._open().metadata())
 
     def connect(self, metadata: bytes) -> str:
         nixl = self._open()
-        known = self._names.get(metadata)
+        described, regions = understand(metadata)
+        known = self._peers.get(described.name)
+        changed = known is not None and known.metadata != metadata
+        if known is not None and changed and not regions.replaces_any(known.seen):
+            nixl.add_peer(described.library)
+            seen = Regions({*known.seen, *regions})
+            self._peers[described.name] = _Peer(metadata, regions, seen)
+            self._leaving.discard(described.name)
+            return described.name
         if known is not None:
-            if self._has_reads(known):
-                raise TransferFailed(f"earlier reads from {known} have not ended")
-            self._remove(known)
-        name = nixl.add_peer(metadata)
-        self._names[metadata] = name
+            if self._has_reads(described.name):
+                raise TransferFailed(f"earlier reads from {described.name} have not ended")
+            self._remove(described.name)
+        name = nixl.add_peer(described.library)
+        if name != described.name:
+            nixl.remove_peer(name)
+            raise TransferFailed(f"metadata of {name!r} came under the name {described.name!r}")
+        self._peers[name] = _Peer(metadata, regions, regions)
         return name
 
     def disconnect(self, peer: str) -> None:
@@ -90,9 +126,11 @@ class NixlTransport:
             self._remove(peer)
 
     def read(self, peer: str, remote: Sequence[int], local: Sequence[int], block_bytes: int) -> int:
-        if peer in self._leaving or peer not in self._names.values():
+        known = self._peers.get(peer)
+        if known is None or peer in self._leaving:
             raise TransferFailed(f"not connected to {peer}")
-        todo = batches(segments(remote, local, block_bytes, _BATCH_BYTES), _BATCH_BYTES)
+        parts = segments(remote, local, block_bytes, _BATCH_BYTES)
+        todo = batches(cut(parts, known.regions, self._regions), _BATCH_BYTES)
         read = _Read(peer, todo)
         self._submit(read)
         if read.failed and not read.running:
@@ -133,7 +171,8 @@ class NixlTransport:
             for request in read.running:
                 self._nixl.drop(request)
         self._reads.clear()
-        self._names.clear()
+        self._peers.clear()
+        self._regions.clear()
         self._nixl.close()
         self._nixl = None
 
@@ -144,10 +183,10 @@ class NixlTransport:
         """
         nixl = self._open()
         while not read.failed and len(read.running) < _BATCHES_IN_FLIGHT:
-            batch = next(read.todo, None)
-            if batch is None:
-                return False
             try:
+                batch = next(read.todo, None)
+                if batch is None:
+                    return False
                 request = nixl.submit(read.peer, batch)
             except TransferFailed as error:
                 log.info("read from %s failed: %s", read.peer, error)
@@ -167,8 +206,8 @@ class NixlTransport:
 
     def _remove(self, peer: str) -> None:
         self._leaving.discard(peer)
-        self._names = {data: name for data, name in self._names.items() if name != peer}
-        self._open().remove_peer(peer)
+        if self._peers.pop(peer, None) is not None:
+            self._open().remove_peer(peer)
 
 
 class RawNixl:
@@ -196,6 +235,14 @@ class RawNixl:
             self._agent.registerMem(api.nixlRegDList(api.DRAM_SEG, [(base, length, 0, "")]), [])
         except self._errors as error:
             text = f"NIXL cannot register {length} bytes: {_explain(error)}"
+            raise TransferFailed(text) from error
+
+    def unregister(self, base: int, length: int) -> None:
+        api = self._api
+        try:
+            self._agent.deregisterMem(api.nixlRegDList(api.DRAM_SEG, [(base, length, 0, "")]), [])
+        except self._errors as error:
+            text = f"NIXL cannot unregister {length} bytes: {_explain(error)}"
             raise TransferFailed(text) from error
 
     def metadata(self) -> bytes:

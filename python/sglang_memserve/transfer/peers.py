@@ -110,7 +110,11 @@ class PeerTable:
         if peer.connected is None or peer.connected.generation != reply.generation:
             self.disconnect(peer)
             name = self._transport.connect(reply.transport_metadata)
-            peer.connected = Greeting(reply.generation, name, tuple(reply.memory))
+            peer.connected = _greeting(reply, name)
+        elif peer.connected.memory_version < reply.memory_version:
+            # In place: what is being read from it goes on.
+            name = self._transport.connect(reply.transport_metadata)
+            peer.connected = _greeting(reply, name)
         peer.greeting = peer.connected
         return peer.connected
 
@@ -154,3 +158,7 @@ class PeerTable:
         for peer in self:
             if now - peer.used_s >= idle_s:
                 self.forget(peer)
+
+
+def _greeting(reply: HelloReply, name: str) -> Greeting:
+    return Greeting(reply.generation, name, tuple(reply.memory), reply.memory_version)

@@ -14,11 +14,12 @@ from .base import BlockStore, Store
 @dataclass(frozen=True, slots=True)
 class Greeting:
     """What is known of a peer once it was greeted: its boot, its name in our transport, and the
-    (address, bytes) ranges its blocks lie in."""
+    (address, bytes) ranges its blocks lie in, as of ``memory_version``."""
 
     generation: str
     transport_name: str
     memory: tuple[tuple[int, int], ...] = ()
+    memory_version: int = 0
 
 
 @dataclass(frozen=True, slots=True)

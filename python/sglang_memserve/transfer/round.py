@@ -35,7 +35,8 @@ class Round:
 
     ``ending`` is set when it is over: COMPLETE when all it could fill is published. ``gaps`` are
     pages it was granted but does not fill: others on this rank do, or blocks ran out (``starved``).
-    ``refused``: it ended by an ErrorReply to its lease request.
+    ``refused``: it ended by an ErrorReply to its lease request. ``outdated``: the source's memory
+    has changed since it was greeted.
     """
 
     def __init__(self, task: Task, port: Port, greeting: Greeting, first: int, stop: int) -> None:
@@ -44,6 +45,7 @@ class Round:
         self.phase = Phase.LEASING
         self.ending: Ending | None = None
         self.refused = False
+        self.outdated = False
         self.starved = False
         self.gaps: list[tuple[int, int]] = []
         self.fetched_pages = 0
@@ -58,6 +60,11 @@ class Round:
         self._store: Store | None = None
         self._checksums: Sequence[int] = ()
         self._lease_end_s = task.deadline_s
+
+    @property
+    def memory_version(self) -> int:
+        """Of the source's memory, as it was known when this began."""
+        return self._greeting.memory_version
 
     @property
     def granted(self) -> bool:
@@ -147,6 +154,10 @@ class Round:
     def _on_lease(self, message: LeaseReply, now: float) -> None:
         task = self._task
         self.lease_id = message.lease_id
+        if message.memory_version > self._greeting.memory_version:
+            self.refused = self.outdated = True
+            self.end(Ending(Outcome.LEASE_INVALID, "the source's memory has changed"))
+            return
         count = len(message.addresses)
         if self.lease_id == 0 or count == 0:
             self.refused = True

@@ -11,6 +11,8 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from ..errors import LeaseInvalid, LimitExceeded, MemServeError, ProtocolError
 from ..protocol import handshake
 from ..protocol.control import (
@@ -23,12 +25,10 @@ from ..protocol.control import (
     ReleaseReply,
     ReleaseRequest,
 )
-from ..types import PageKey
+from ..types import PageKey, Region
 from .base import Lease, Pool
 
 Answer = Callable[[Message], None]
-
-_NOTHING = LeaseReply(0, [], [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,22 +166,35 @@ class LeaseServer:
         else:
             self._parked.append(wanted)
 
+    def memory_changed(self, metadata: bytes, memory: list[Region]) -> None:
+        """Peers that know the old memory learn with their next lease that they have to ask."""
+        self._hello = msgspec.structs.replace(
+            self._hello,
+            transport_metadata=metadata,
+            memory=memory,
+            memory_version=self._hello.memory_version + 1,
+        )
+
+    def _nothing(self) -> LeaseReply:
+        return LeaseReply(0, [], [], self._hello.memory_version)
+
     def _grant(self, wanted: _Parked, now: float) -> LeaseReply:
         if len(self._grants) >= self.limits.leases:
             raise LimitExceeded(f"{len(self._grants)} leases are held by peers")
         if not self._pool.readable_pages(wanted.keys):
-            return _NOTHING
+            return self._nothing()
         lease = self._pool.acquire(wanted.keys, owner=f"peer {wanted.owner}", ttl_s=wanted.ttl_s)
         if not lease.blocks:
             lease.release()
-            return _NOTHING
+            return self._nothing()
         lease_id = 0
         while lease_id == 0 or lease_id in self._grants:
             lease_id = secrets.randbits(63)
         self._grants[lease_id] = _Grant(lease, now + wanted.ttl_s)
         self.counts.leases += 1
         self.counts.pages += len(lease.blocks)
-        return LeaseReply(lease_id, [self._pool.address(block) for block in lease.blocks], [])
+        addresses = [self._pool.address(block) for block in lease.blocks]
+        return LeaseReply(lease_id, addresses, [], self._hello.memory_version)
 
     def _release(self, request: ReleaseRequest) -> bool:
         """Of an unknown, expired or earlier lease: False, which is all a reader has to know."""

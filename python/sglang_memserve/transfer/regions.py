@@ -1,0 +1,137 @@
+"""Registered memory: which ranges a transport has registered, and what a peer is told of them.
+
+A network cannot read across the end of a registration, even where the next one begins there. Blocks
+never lie across it, but merged neighbours may: ``cut`` parts them again.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import msgspec
+
+from ..errors import TransferFailed
+from .plan import Segment
+
+MAX_REGIONS = 4096
+
+
+class Registration(NamedTuple):
+    """``serial`` differs for every registration of one transport: the same range that was given
+    back and registered again is another one, whose keys are others."""
+
+    base: int
+    length: int
+    serial: int
+
+    @property
+    def end(self) -> int:
+        return self.base + self.length
+
+
+class Description(msgspec.Struct, frozen=True):
+    """A transport's metadata: its name, its registrations, and what its library says of itself."""
+
+    name: str
+    regions: list[tuple[int, int, int]]
+    library: bytes
+
+
+class Regions:
+    """Disjoint ranges, in order of their address."""
+
+    def __init__(self, known: Iterable[tuple[int, int, int]] = ()) -> None:
+        """Raises TransferFailed for ranges that overlap or are empty."""
+        self._regions = sorted(Registration(*region) for region in known)
+        if len(self._regions) > MAX_REGIONS:
+            raise TransferFailed(f"{len(self._regions)} regions, the limit is {MAX_REGIONS}")
+        end = 0
+        for region in self._regions:
+            if region.base < end or region.length <= 0:
+                raise TransferFailed(f"regions overlap or are empty at {region.base:#x}")
+            end = region.end
+        self._next_serial = 1
+
+    def __iter__(self) -> Iterator[Registration]:
+        return iter(self._regions)
+
+    def add(self, base: int, length: int) -> None:
+        """Raises TransferFailed for a range that overlaps another or is empty."""
+        place = bisect_right(self._regions, base, key=lambda region: region.base)
+        near = self._regions[max(0, place - 1) : place + 1]
+        overlaps = any(base < other.end and other.base < base + length for other in near)
+        if length <= 0 or overlaps or len(self._regions) >= MAX_REGIONS:
+            raise TransferFailed(
+                f"cannot register {length} bytes at {base:#x}: empty, or registered already, "
+                f"or more than {MAX_REGIONS} regions"
+            )
+        insort(self._regions, Registration(base, length, self._next_serial))
+        self._next_serial += 1
+
+    def remove(self, base: int, length: int) -> None:
+        """Raises TransferFailed for a range that was not added as it is."""
+        found = self.find(base)
+        if found is None or (found.base, found.length) != (base, length):
+            raise TransferFailed(f"{length} bytes at {base:#x} are not registered")
+        self._regions.remove(found)
+
+    def clear(self) -> None:
+        self._regions.clear()
+
+    def find(self, address: int) -> Registration | None:
+        place = bisect_right(self._regions, address, key=lambda region: region.base)
+        if place and address < self._regions[place - 1].end:
+            return self._regions[place - 1]
+        return None
+
+    def covers(self, address: int, length: int) -> bool:
+        """Whether the range lies within one region."""
+        found = self.find(address)
+        return found is not None and address + length <= found.end
+
+    def replaces_any(self, older: Regions) -> bool:
+        """Whether a range of ``older`` is part of another registration now. Ranges that are new or
+        gone replace nothing."""
+        # Of two ranges that overlap, one holds an end of the other.
+        pairs = [(self, region) for region in older] + [(older, region) for region in self]
+        return any(
+            others.find(address) not in (None, region)
+            for others, region in pairs
+            for address in (region.base, region.end - 1)
+        )
+
+
+def cut(parts: Iterable[Segment], far: Regions, near: Regions) -> Iterator[Segment]:
+    """``parts`` in pieces that lie within one region on either side.
+
+    Raises TransferFailed at the first part that the regions do not cover."""
+    for part in parts:
+        remote, local, length = part
+        while length > 0:
+            there, here = far.find(remote), near.find(local)
+            if there is None:
+                raise TransferFailed(f"the peer has not registered {remote:#x}")
+            if here is None:
+                raise TransferFailed(f"our destination {local:#x} is not registered")
+            step = min(length, there.end - remote, here.end - local)
+            yield Segment(remote, local, step)
+            remote, local, length = remote + step, local + step, length - step
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Description)
+
+
+def describe(name: str, regions: Regions, library: bytes) -> bytes:
+    return _encoder.encode(Description(name, [(*region,) for region in regions], library))
+
+
+def understand(metadata: bytes) -> tuple[Description, Regions]:
+    """Raises TransferFailed for bytes that ``describe`` does not make."""
+    try:
+        described = _decoder.decode(metadata)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise TransferFailed(f"this is no transport's metadata: {error}") from error
+    return described, Regions(described.regions)
