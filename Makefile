@@ -7,7 +7,7 @@ MODEL := .cache/models/SmolLM2-135M-Instruct
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check layers lint format bench lock clean
+.PHONY: help setup demo test check layers lint format bench lock clean sanitize
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ check: setup  ## ruff, formatting, types, import layers
 	@$(PY) -m ruff format --check .
 	@$(PY) tools/typecheck.py
 	@$(PY) -m pytest -q test/architecture
+
+sanitize: setup  ## contract tests of the native code under AddressSanitizer and UBSan
+	@$(PY) tools/sanitize.py $(ARGS)
 
 lint: setup  ## ruff with its safe fixes
 	@$(PY) -m ruff check --fix .

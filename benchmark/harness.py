@@ -26,6 +26,7 @@ RESULTS = ROOT / "benchmark" / "results"
 sys.path.insert(0, str(ROOT / "test"))
 
 BENCHMARKS = (
+    ("micro/kernels.py", "micro-kernels.json"),
     ("micro/pool.py", "micro-pool.json"),
     ("micro/global_tree.py", "micro-global-tree.json"),
     ("micro/transfer.py", "micro-transfer.json"),

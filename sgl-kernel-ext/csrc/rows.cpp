@@ -21,11 +21,6 @@ namespace {
 
 // A thread costs about 30 us to start: less than what it copies in that time is not worth one.
 constexpr std::size_t bytes_worth_a_thread = std::size_t{1} << 20;
-// Larger copies push everything else out of the second-level cache and are read back from memory
-// anyway; below, the reader that follows finds them in the cache.
-constexpr std::size_t streaming_from_bytes = std::size_t{1} << 20;
-// Shorter rows are mostly head and tail, which are written through the cache.
-constexpr std::size_t shortest_streamed_row = 512;
 constexpr std::size_t bytes_per_task = std::size_t{256} << 10;
 
 // `next` is where the row after this one will be read.
@@ -40,6 +35,12 @@ void copy_row_cached(std::uint8_t *to, const std::uint8_t *from, std::size_t byt
 void fence_nothing() {}
 
 #if defined(__x86_64__)
+
+// Larger copies push everything else out of the second-level cache and are read back from memory
+// anyway; below, the reader that follows finds them in the cache.
+constexpr std::size_t streaming_from_bytes = std::size_t{1} << 20;
+// Shorter rows are mostly head and tail, which are written through the cache.
+constexpr std::size_t shortest_streamed_row = 512;
 
 // Streaming stores want whole aligned lines: what comes before and after goes through the cache.
 __attribute__((target("avx512f"))) void copy_row_avx512(std::uint8_t *to, const std::uint8_t *from,
