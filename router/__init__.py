@@ -13,6 +13,7 @@ In dependency order:
 ``headers`` ``replies`` ``models``   what is said to clients and instances
 ``metrics``        what is counted
 ``proxy`` ``live``   HTTP to instances, and stopping it
+``introductions``  a shell: tells instances who the others are
 ``placement``      token ids to a plan
 ``steps``          what comes before decode
 ``asgi`` ``dispatch`` ``passthrough``   requests

@@ -41,6 +41,7 @@ from .dispatch import Dispatcher, Limits
 from .feed import Feed
 from .global_tree import GlobalTree
 from .instances import Instances
+from .introductions import Introductions
 from .live import LiveRequests
 from .members import Members
 from .metrics import Metrics, TreeCollector
@@ -98,10 +99,11 @@ async def _assemble(
     policy = make_policy(config.policy, rotation, costs, config.bypass_tokens)
     feed = Feed(tree, session, clock=time.monotonic, wall_clock=time.time, headers=key)
     stack.push_async_callback(feed.close)
-    newcomers = Newcomers(costs)
+    newcomers, introductions = Newcomers(costs), Introductions(upstream)
+    stack.push_async_callback(introductions.close)
     instances = Instances(
         time.monotonic,
-        [feed, newcomers],
+        [feed, newcomers, introductions],
         heartbeat_s=config.heartbeat_s,
         expire_s=config.expire_s,
     )

@@ -115,6 +115,7 @@ class Machine:
     holds: tuple[list[int], ...] = ()
     fetch: Handler | None = None
     model: str = MODEL
+    peers_status: int = 200
     url: str = ""
     asked: list[Asked] = field(default_factory=list)
     _server: asyncio.Server | None = None
@@ -187,6 +188,8 @@ class Machine:
             await line.answer(encode_snapshot(self._snapshot()), kind="application/msgpack")
         elif path == "/memserve/fetch":
             await (self.fetch or _fetch_all)(asked, line)
+        elif path == "/memserve/peers":
+            await line.answer({"members": 0, "connected": 0}, self.peers_status)
         elif path == "/v1/loads":
             await line.answer({"loads": []})
         elif path == "/tokenize":

@@ -19,7 +19,7 @@ import aiohttp
 import msgspec
 
 from ..config import InstanceConfig
-from ..errors import ConfigError, MemServeError, PeerError, PeerUnreachable
+from ..errors import ConfigError, MemServeError, PeerError
 from ..protocol import PROTOCOL_VERSION, control
 from ..protocol.handshake import layout_hash
 from ..protocol.http import (
@@ -31,6 +31,8 @@ from ..protocol.http import (
     InstanceInfo,
     InstanceStats,
     Load,
+    PeersBody,
+    PeersResult,
     RankInfo,
     Registration,
     RegistrationReply,
@@ -39,6 +41,7 @@ from ..protocol.http import (
 from ..transfer.client import LocalClient
 from ..types import Role
 from .residency import Residency, residency_of
+from .sources import Sources
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,6 @@ RETRY_FIRST_S = 0.5
 RETRY_MOST_S = 5.0
 # A fetch's own deadline ends it; this is what the HTTP process waits beyond that.
 FETCH_GRACE_S = 2.0
-KNOWN_SOURCES = 256
 
 
 class Engine(Protocol):
@@ -90,7 +92,7 @@ class InstanceAgent:
     _session: aiohttp.ClientSession | None = field(init=False, default=None)
     _tasks: list[asyncio.Task[None]] = field(init=False, default_factory=list)
     _routers: dict[str, _RouterState] = field(init=False, default_factory=dict)
-    _sources: dict[str, list[str]] = field(init=False, default_factory=dict)
+    _sources: Sources | None = field(init=False, default=None)
     _changed: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _ready: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _loop: asyncio.AbstractEventLoop | None = field(init=False, default=None)
@@ -104,6 +106,7 @@ class InstanceAgent:
         self._loop = asyncio.get_running_loop()
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         self._session = aiohttp.ClientSession(headers=headers)
+        self._sources = Sources(self._session)
         tp_size = self.engine.describe().tp_size
         self._ranks = [LocalClient(self.config.rank_socket(rank)) for rank in range(tp_size)]
         self._residency = residency_of(self.config, self._ranks)
@@ -205,16 +208,48 @@ class InstanceAgent:
         result = _merge(answered, sources, lost, len(keys))
         for part in result.sources:
             if part.outcome != "complete":
-                self.forget_source(part.url)
+                self._known_sources().forget(part.url)
         return result
 
     async def _ranks_of(self, source: FetchSource) -> list[str]:
-        addresses = source.ranks or await self._resolve(source.url)
+        addresses = source.ranks or await self._known_sources().resolve(source.url)
         if len(addresses) != len(self._ranks):
             raise ConfigError(
                 f"{source.url} has {len(addresses)} ranks, this instance has {len(self._ranks)}"
             )
         return addresses
+
+    async def introduce(self, body: PeersBody) -> PeersResult:
+        """Every rank gets connected to the same rank of each peer, in the background.
+
+        Peers with another number of ranks are left out. Raises ProtocolError for a duration that
+        makes no sense, PeerUnreachable while the ranks are not up."""
+        peers = [peer for peer in body.peers if len(peer.ranks) == len(self._ranks)]
+        self._known_sources().learn(peers)
+        replies = await asyncio.gather(
+            *(
+                rank.call(
+                    control.PeersRequest(
+                        [
+                            control.PeerEntry(peer.url, peer.generation, peer.ranks[index])
+                            for peer in peers
+                        ],
+                        body.valid_s,
+                    ),
+                    RANK_CALL_S,
+                )
+                for index, rank in enumerate(self._ranks)
+            )
+        )
+        ranks = [reply for reply in replies if isinstance(reply, control.PeersReply)]
+        return PeersResult(
+            members=min((rank.members for rank in ranks), default=0),
+            connected=min((rank.connected for rank in ranks), default=0),
+        )
+
+    def _known_sources(self) -> Sources:
+        assert self._sources is not None, "the agent has not started"
+        return self._sources
 
     def set_role(self, role: Role) -> None:
         self.role = role
@@ -253,30 +288,6 @@ class InstanceAgent:
                 for rank in ranks
             ],
         )
-
-    async def _resolve(self, source: str) -> list[str]:
-        known = self._sources.get(source)
-        if known is not None:
-            return known
-        assert self._session is not None
-        try:
-            timeout = aiohttp.ClientTimeout(total=RANK_CALL_S)
-            async with self._session.get(f"{source}/memserve/info", timeout=timeout) as response:
-                if response.status != 200:
-                    raise PeerError(f"{source}/memserve/info answered {response.status}")
-                info = msgspec.json.decode(await response.read(), type=InstanceInfo)
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
-            raise PeerUnreachable(
-                f"{source}/memserve/info: {error or type(error).__name__}"
-            ) from error
-        if len(self._sources) >= KNOWN_SOURCES:
-            self._sources.clear()
-        self._sources[source] = [rank.peer_address for rank in info.ranks]
-        return self._sources[source]
-
-    def forget_source(self, source: str) -> None:
-        """Its ranks did not answer: it may have come back with other ports."""
-        self._sources.pop(source, None)
 
     # -- routers --
 

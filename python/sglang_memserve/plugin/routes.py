@@ -22,7 +22,7 @@ from ..errors import (
     PeerUnreachable,
     ProtocolError,
 )
-from ..protocol.http import FetchBody, Load
+from ..protocol.http import FetchBody, Load, PeersBody
 from ..types import Role
 from .agent import EngineFacts, InstanceAgent
 
@@ -126,6 +126,16 @@ def _routes(agent: InstanceAgent) -> APIRouter:
         try:
             body = msgspec.json.decode(await request.body(), type=FetchBody)
             return _json(await agent.fetch(body))
+        except (msgspec.MsgspecError, RecursionError) as error:
+            return _error(ProtocolError(str(error)))
+        except MemServeError as error:
+            return _error(error)
+
+    @router.post("/peers")
+    async def peers(request: Request) -> Response:
+        try:
+            body = msgspec.json.decode(await request.body(), type=PeersBody)
+            return _json(await agent.introduce(body))
         except (msgspec.MsgspecError, RecursionError) as error:
             return _error(ProtocolError(str(error)))
         except MemServeError as error:

@@ -4,6 +4,7 @@ On an instance (on SGLang's own app, same API key):
     GET  /memserve/info      -> InstanceInfo
     GET  /memserve/snapshot  -> msgpack ``events.Snapshot`` (``application/msgpack``)
     POST /memserve/fetch     FetchBody -> FetchResult
+    POST /memserve/peers     PeersBody -> PeersResult
     GET  /memserve/stats     -> InstanceStats
     POST /memserve/role      {"role": "prefill"|"decode"|"both"} -> InstanceInfo
 On a router:
@@ -95,6 +96,33 @@ class InstanceStats(msgspec.Struct, frozen=True):
     event_seq: int
     instance: dict[str, float]
     ranks: list[dict[str, float]]
+
+
+class PeerInfo(msgspec.Struct, frozen=True):
+    """``ranks``: the ``peer_address`` of each rank, in order."""
+
+    url: str
+    generation: str
+    ranks: list[str]
+
+
+class PeersBody(msgspec.Struct, frozen=True):
+    """The other instances whose pages may be fetched: be connected to them before they are asked.
+
+    All of them: one that was named before and is not any more has left. Good for ``valid_s``
+    seconds; a router says it again before that, and whenever it changes. Saying it twice is fine.
+    """
+
+    peers: list[PeerInfo]
+    valid_s: float
+
+
+class PeersResult(msgspec.Struct, frozen=True):
+    """Over several ranks the least. ``members``: peers taken over, and those that have just left;
+    ``connected``: to how many of them a connection is up already."""
+
+    members: int
+    connected: int
 
 
 class FetchSource(msgspec.Struct, frozen=True):
