@@ -17,7 +17,7 @@ import msgspec
 import psutil
 
 from .errors import ConfigError
-from .types import Eviction, Generation, InstanceId, Role
+from .types import Checksums, Eviction, Generation, InstanceId, Role
 
 _UNITS = {
     "": 1,
@@ -77,6 +77,7 @@ class InstanceConfig:
     mempool_dram_bytes: int
     mempool_eviction: Eviction = DEFAULT_EVICTION
     router_urls: tuple[str, ...] = ()
+    mempool_checksums: Checksums = Checksums.OFF
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
@@ -122,6 +123,13 @@ def _require_exact_keys(cls: type[InstanceConfig] | type[Limits], value: dict[st
 
 def new_generation() -> Generation:
     return Generation(secrets.token_hex(8))
+
+
+def parse_checksums(text: str) -> Checksums:
+    try:
+        return Checksums(text)
+    except ValueError:
+        raise ConfigError(f"--mempool-checksums {text!r}: say on or off") from None
 
 
 def parse_role(text: str) -> Role:

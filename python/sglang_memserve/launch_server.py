@@ -22,6 +22,7 @@ from .config import (
     DEFAULT_EVICTION,
     InstanceConfig,
     new_generation,
+    parse_checksums,
     parse_dram,
     parse_eviction,
     parse_role,
@@ -29,7 +30,7 @@ from .config import (
 )
 from .errors import ConfigError
 from .plugin import flags
-from .types import InstanceId
+from .types import Checksums, InstanceId
 
 _HUB_TIMEOUT_S = 5.0
 _REMOTE_SCHEMES = ("s3://", "gs://", "az://", "redis://", "instance://", "remote://", "http")
@@ -66,6 +67,13 @@ def add_memserve_flags(parser: argparse.ArgumentParser) -> None:
         metavar="{lru,2q}",
         help="Which page makes room when MemPool is full: the least recently used, or one that was "
         f"not used again since it came. Default: {DEFAULT_EVICTION.value}.",
+    )
+    group.add_argument(
+        "--mempool-checksums",
+        default=Checksums.OFF.value,
+        metavar="{on,off}",
+        help="Keep a checksum of each page, which instances compare after they fetched it. "
+        "Default: off.",
     )
     group.add_argument(
         "--advertise-url",
@@ -188,6 +196,7 @@ def build_config(
         ),
         mempool_eviction=parse_eviction(own.mempool_eviction),
         router_urls=tuple(parse_url(router) for router in own.router_url),
+        mempool_checksums=parse_checksums(own.mempool_checksums),
     )
 
 

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from .checksums import block_checksums
 from .config import DEFAULT_EVICTION
 from .errors import ConfigError, LimitExceeded, OutOfBlocks
 from .index.journal import rebuild, to_events
@@ -35,6 +36,7 @@ from .pool.resize import Resize
 from .protocol.events import Event, Snapshot
 from .types import (
     BlockId,
+    Checksums,
     Eviction,
     Generation,
     Namespace,
@@ -75,6 +77,7 @@ class MemPool:
         max_leases: int = 4096,
         max_lease_ttl_s: float = 3600.0,
         on_events: Callable[[], None] | None = None,
+        checksums: Checksums = Checksums.OFF,
     ) -> None:
         self.namespace = namespace
         self.generation = Generation(generation)
@@ -86,6 +89,7 @@ class MemPool:
             slab_bytes=slab_bytes,
         )
         self._on_events = on_events
+        self._checksumming = checksums
         self._lock = threading.Lock()
         self._ledger = Ledger(
             self.arena.total_blocks,
@@ -206,6 +210,17 @@ class MemPool:
         self._notify(wrote=True, published=False)
 
     # -- BlockStore: what transfer and the engine use --
+
+    def compute_checksums(self, blocks: Sequence[BlockId]) -> list[int]:
+        """Of blocks that the caller has filled, to commit them with; empty if this pool keeps
+        none. Reads every byte, without the GIL."""
+        if self._checksumming is Checksums.OFF:
+            return []
+        return block_checksums((self.address(block) for block in blocks), self.block_bytes)
+
+    def checksums(self, blocks: Sequence[BlockId]) -> list[int]:
+        with self._lock:
+            return self._ledger.checksums.get(blocks)
 
     def readable_pages(self, keys: Sequence[PageKey]) -> int:
         with self._lock:
@@ -385,9 +400,9 @@ class MemPool:
         with self._lock:
             self._ledger.end_lease(lease)
 
-    def _end_store(self, store: PoolStore, count: int) -> None:
+    def _end_store(self, store: PoolStore, count: int, checksums: Sequence[int]) -> None:
         with self._lock:
-            published = self._ledger.end_store(store, count)
+            published = self._ledger.end_store(store, count, checksums)
         self._notify(wrote=published > 0, published=published > 0)
 
     def _notify(self, *, wrote: bool, published: bool) -> None:

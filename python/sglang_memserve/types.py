@@ -54,6 +54,13 @@ class Tier(Enum):
     DRAM = "CPU_PINNED"
 
 
+class Checksums(Enum):
+    """Whether an instance computes a checksum of each block it fills."""
+
+    ON = "on"
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True)
 class Namespace:
     """What must be equal for pages of two ranks to be interchangeable.

@@ -162,7 +162,7 @@ class PoolStore:
         parent: PageKey | None,
         missing: Sequence[tuple[int, BlockId]],
         held: Sequence[BlockId],
-        end: Callable[[PoolStore, int], None],
+        end: Callable[[PoolStore, int, Sequence[int]], None],
     ) -> None:
         self.keys = keys
         self.parent = parent
@@ -172,14 +172,17 @@ class PoolStore:
         self.flushed = False
         self._end = end
 
-    def commit(self, count: int | None = None) -> None:
-        """Publish the first ``count`` of ``missing`` (all of them if None), free the rest."""
+    def commit(self, count: int | None = None, checksums: Sequence[int] = ()) -> None:
+        """Publish the first ``count`` of ``missing`` (all of them if None), free the rest.
+
+        ``checksums``: one for each of ``missing`` (see ``checksums``), or none at all."""
         wanted = len(self.missing) if count is None else count
         assert 0 <= wanted <= len(self.missing), (wanted, len(self.missing))
-        self._end(self, wanted)
+        assert len(checksums) in (0, len(self.missing)), (len(checksums), len(self.missing))
+        self._end(self, wanted, checksums)
 
     def abort(self) -> None:
-        self._end(self, 0)
+        self._end(self, 0, ())
 
     def __enter__(self) -> PoolStore:
         return self

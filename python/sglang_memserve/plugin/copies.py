@@ -73,7 +73,7 @@ class StoreJob:
         self.device.wait(self.ready)
         blocks = [block for _, block in self.store.missing]
         self.device.gather(self.pool.arena, blocks, self.pages)
-        self.store.commit()
+        self.store.commit(checksums=self.pool.compute_checksums(blocks))
         # SGLang may call these pages stored; else it offers them again when they are next used.
         return self.pool.readable_pages(self.keys) == len(self.keys)
 

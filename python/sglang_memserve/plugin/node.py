@@ -108,6 +108,7 @@ class RankNode:
             arena_bytes=config.rank_dram_bytes(namespace.tp_size),
             generation=config.generation,
             eviction=config.mempool_eviction,
+            checksums=config.mempool_checksums,
         )
         try:
             agent = RankAgent(

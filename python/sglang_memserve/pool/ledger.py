@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from ..checksums import UNKNOWN
 from ..index.journal import Cleared, Dropped, Journal, Record, Stored
 from ..index.local_index import LocalIndex, Removed
 from ..memory.allocator import BlockAllocator
+from ..memory.checksums import ChecksumTable
 from ..memory.lease import LeaseTable, PoolLease, PoolStore
 from ..types import BlockId, Eviction, PageKey
 
@@ -51,6 +53,7 @@ class Ledger:
         self.index = LocalIndex(total_blocks, eviction)
         self.leases = LeaseTable(max_leases, max_lease_ttl_s)
         self.journal = Journal(journal_pages(total_blocks))
+        self.checksums = ChecksumTable()
         self.unpublished: set[BlockId] = set()
         self.stores: set[PoolStore] = set()
         self.filling: dict[PageKey, PoolStore] = {}
@@ -126,7 +129,7 @@ class Ledger:
         self,
         keys: Sequence[PageKey],
         parent: PageKey | None,
-        end: Callable[[PoolStore, int], None],
+        end: Callable[[PoolStore, int, Sequence[int]], None],
     ) -> tuple[PoolStore, bool]:
         """The store, and whether pages were evicted for it."""
         self.end_expired()
@@ -161,7 +164,7 @@ class Ledger:
             self.allocator.free(self.index.unpin(held))
         return store, evicted
 
-    def end_store(self, store: PoolStore, count: int) -> int:
+    def end_store(self, store: PoolStore, count: int, checksums: Sequence[int]) -> int:
         """Publish the first ``count`` of what it filled; returns how many pages that were."""
         if store.ended:
             return 0
@@ -174,7 +177,7 @@ class Ledger:
                 del self.filling[store.keys[position]]
         if store.flushed:
             count = 0
-        published = self.publish(store.keys, store.parent, store.missing[:count])
+        published = self.publish(store.keys, store.parent, store.missing[:count], checksums)
         self.allocator.free([block for _, block in store.missing[count:]])
         self.counts["aborted_pages_total"] += len(store.missing) - count
         self.allocator.free(self.index.unpin(store.held))
@@ -185,17 +188,19 @@ class Ledger:
         keys: Sequence[PageKey],
         parent: PageKey | None,
         filled: Sequence[tuple[int, BlockId]],
+        checksums: Sequence[int] = (),
     ) -> int:
         """Make ``filled`` (positions in ``keys`` and their blocks) readable; returns how many.
         A block whose key is readable already is freed."""
         fresh: dict[PageKey, BlockId] = {}
         parents: list[PageKey | None] = []
-        for position, block in filled:
+        for index, (position, block) in enumerate(filled):
             key = keys[position]
             if key in self.index or key in fresh:
                 self.allocator.free((block,))
                 continue
             fresh[key] = block
+            self.checksums.set(block, checksums[index] if checksums else UNKNOWN)
             parents.append(keys[position - 1] if position else parent)
         if not fresh:
             return 0

@@ -110,6 +110,7 @@ class Shrink:
             ledger.moving.remove(target)
             if ledger.index.key_of(source) is not None:
                 ledger.index.relocate(source, target)
+                ledger.checksums.move(source, target)
                 self.moved_pages += 1
                 ledger.counts["moved_pages_total"] += 1
             else:  # deleted or cleared while it was copied

@@ -35,12 +35,13 @@ class Store(Protocol):
     already being filled by somebody else are not in it, and when blocks ran out it ends early.
     ``commit(count)`` publishes the first ``count`` of ``missing`` in chain order and frees the
     rest; ``abort()`` frees all. Exactly one of them counts; a second call does nothing.
+    ``checksums``: one 64-bit value for each of ``missing`` (0: not known), or none at all.
     """
 
     @property
     def missing(self) -> Sequence[tuple[int, BlockId]]: ...
 
-    def commit(self, count: int | None = None) -> None: ...
+    def commit(self, count: int | None = None, checksums: Sequence[int] = ()) -> None: ...
 
     def abort(self) -> None: ...
 
@@ -60,6 +61,10 @@ class BlockStore(Protocol):
     def arena_bytes(self) -> int: ...
 
     def address(self, block: BlockId) -> int: ...
+
+    def checksums(self, blocks: Sequence[BlockId]) -> list[int]:
+        """What was committed with each of some leased blocks; 0 where nothing was."""
+        ...
 
     def readable_pages(self, keys: Sequence[PageKey]) -> int:
         """Length of the leading run of ``keys`` that can be read now. Changes nothing."""

@@ -221,7 +221,7 @@ class Round:
     def _publish(self) -> None:
         store, self._store = self._store, None
         assert store is not None
-        store.commit()
+        store.commit(checksums=self._checksums)
         self.fetched_pages = len(store.missing)
         self.end(Ending(Outcome.COMPLETE))
 

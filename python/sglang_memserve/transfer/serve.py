@@ -194,7 +194,9 @@ class LeaseServer:
         self.counts.leases += 1
         self.counts.pages += len(lease.blocks)
         addresses = [self._pool.address(block) for block in lease.blocks]
-        return LeaseReply(lease_id, addresses, [], self._hello.memory_version)
+        checksums = self._pool.checksums(lease.blocks)
+        known = checksums if any(checksums) else []
+        return LeaseReply(lease_id, addresses, known, self._hello.memory_version)
 
     def _release(self, request: ReleaseRequest) -> bool:
         """Of an unknown, expired or earlier lease: False, which is all a reader has to know."""
