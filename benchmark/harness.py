@@ -30,6 +30,7 @@ BENCHMARKS = (
     ("micro/pool.py", "micro-pool.json"),
     ("micro/global_tree.py", "micro-global-tree.json"),
     ("micro/transfer.py", "micro-transfer.json"),
+    ("micro/first_fetch.py", "micro-first-fetch.json"),
     ("micro/router_overhead.py", "micro-router-overhead.json"),
     ("serving/moved_prefix.py", "serving-moved-prefix.json"),
     ("serving/cost_of_memserve.py", "serving-cost-of-memserve.json"),
