@@ -33,6 +33,9 @@ from ..protocol.http import (
     Load,
     PeersBody,
     PeersResult,
+    PoolBody,
+    PoolInfo,
+    PoolResult,
     RankInfo,
     Registration,
     RegistrationReply,
@@ -40,6 +43,7 @@ from ..protocol.http import (
 )
 from ..transfer.client import LocalClient
 from ..types import Role
+from .pool_size import PoolSize
 from .residency import Residency, residency_of
 from .sources import Sources
 
@@ -88,6 +92,7 @@ class InstanceAgent:
     role: Role = field(init=False)
     _ranks: list[LocalClient] = field(init=False, default_factory=list)
     _residency: Residency = field(init=False)
+    _pool_size: PoolSize = field(init=False)
     _info: InstanceInfo | None = field(init=False, default=None)
     _session: aiohttp.ClientSession | None = field(init=False, default=None)
     _tasks: list[asyncio.Task[None]] = field(init=False, default_factory=list)
@@ -109,6 +114,7 @@ class InstanceAgent:
         self._sources = Sources(self._session)
         tp_size = self.engine.describe().tp_size
         self._ranks = [LocalClient(self.config.rank_socket(rank)) for rank in range(tp_size)]
+        self._pool_size = PoolSize(self._ranks)
         self._residency = residency_of(self.config, self._ranks)
         await self._residency.start()
         for url in self.config.router_urls:
@@ -250,6 +256,15 @@ class InstanceAgent:
     def _known_sources(self) -> Sources:
         assert self._sources is not None, "the agent has not started"
         return self._sources
+
+    async def pool(self) -> PoolInfo:
+        return await self._pool_size.show()
+
+    async def resize_pool(self, body: PoolBody) -> PoolResult:
+        try:
+            return await self._pool_size.resize(body)
+        finally:
+            self._info = None  # it says how many blocks there are
 
     def set_role(self, role: Role) -> None:
         self.role = role

@@ -22,7 +22,7 @@ from ..errors import (
     PeerUnreachable,
     ProtocolError,
 )
-from ..protocol.http import FetchBody, Load, PeersBody
+from ..protocol.http import FetchBody, Load, PeersBody, PoolBody
 from ..types import Role
 from .agent import EngineFacts, InstanceAgent
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 
 EXIT_REFUSED = 2
+POOL_CHANGED = ("resized", "unchanged")
 
 
 class _SglangEngine:
@@ -140,6 +141,24 @@ def _routes(agent: InstanceAgent) -> APIRouter:
             return _error(ProtocolError(str(error)))
         except MemServeError as error:
             return _error(error)
+
+    @router.get("/pool")
+    async def pool() -> Response:
+        try:
+            return _json(await agent.pool())
+        except MemServeError as error:
+            return _error(error)
+
+    @router.post("/pool")
+    async def resize_pool(request: Request) -> Response:
+        try:
+            body = msgspec.json.decode(await request.body(), type=PoolBody)
+            result = await agent.resize_pool(body)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            return _error(ProtocolError(str(error)))
+        except MemServeError as error:
+            return _error(error)
+        return _json(result, 200 if result.outcome in POOL_CHANGED else 409)
 
     @router.post("/role")
     async def role(request: Request) -> Response:

@@ -6,6 +6,8 @@ On an instance (on SGLang's own app, same API key):
     POST /memserve/fetch     FetchBody -> FetchResult
     POST /memserve/peers     PeersBody -> PeersResult
     GET  /memserve/stats     -> InstanceStats
+    GET  /memserve/pool      -> PoolInfo
+    POST /memserve/pool      PoolBody -> PoolResult (409 when it was refused)
     POST /memserve/role      {"role": "prefill"|"decode"|"both"} -> InstanceInfo
 On a router:
     POST /memserve/register    Registration -> RegistrationReply (409 with the reason: a mismatch)
@@ -174,3 +176,56 @@ class FetchResult(msgspec.Struct, frozen=True):
     seconds: float
     outcome: str
     sources: list[SourceResult] = []
+
+
+class PoolBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The instance's DRAM for KV pages, divided among its ranks: ``dram`` as on the command line
+    (``3GiB``) or ``dram_bytes``. ``wait_s``: how long to wait for what is in the way of shrinking.
+    """
+
+    dram: str | None = None
+    dram_bytes: int | None = None
+    wait_s: float = 5.0
+
+
+class RankPool(msgspec.Struct, frozen=True):
+    """``capacity_bytes``: how far it may grow, by the addresses that were reserved."""
+
+    rank: int
+    total_bytes: int
+    total_blocks: int
+    block_bytes: int
+    slabs: int
+    capacity_bytes: int
+    free_blocks: int
+    pinned_blocks: int
+    filling_blocks: int
+
+
+class PoolInfo(msgspec.Struct, frozen=True):
+    """``dram_bytes``: of all ranks together."""
+
+    dram_bytes: int
+    ranks: list[RankPool]
+
+
+class RankResize(msgspec.Struct, frozen=True):
+    """What one rank did when it was asked: ``resized``, ``unchanged`` or ``refused``."""
+
+    rank: int
+    outcome: str
+    moved_pages: int
+    evicted_pages: int
+    reason: str = ""
+
+
+class PoolResult(msgspec.Struct, frozen=True):
+    """``outcome``: ``resized``, ``unchanged``, ``refused`` (all ranks are as before), or ``uneven``
+    (one refused, and another could not go back). ``ranks`` and ``dram_bytes`` as they are now;
+    ``steps``: what each rank did at first."""
+
+    outcome: str
+    reason: str
+    dram_bytes: int
+    ranks: list[RankPool]
+    steps: list[RankResize]
