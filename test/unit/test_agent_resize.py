@@ -1,4 +1,4 @@
-"""A rank's pool that grows and shrinks under its agent, while it reads from peers and they from it."""
+"""A rank's pool that changes size under its agent, while it reads from peers and they from it."""
 
 from __future__ import annotations
 
