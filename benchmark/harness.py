@@ -33,6 +33,7 @@ BENCHMARKS = (
     ("micro/first_fetch.py", "micro-first-fetch.json"),
     ("micro/router_overhead.py", "micro-router-overhead.json"),
     ("serving/moved_prefix.py", "serving-moved-prefix.json"),
+    ("serving/pipelined_fetch.py", "serving-pipelined-fetch.json"),
     ("serving/cost_of_memserve.py", "serving-cost-of-memserve.json"),
 )
 
