@@ -11,6 +11,7 @@ MemServeError
 │   ├── LeaseInvalid       the lease expired, is unknown or is of another generation
 │   └── TransferFailed     the bytes did not arrive
 ├── CopyStalled            a copy between HBM and DRAM does not end
+├── DeviceError            the accelerator or its driver refused something
 ├── NoInstance             no instance can serve a request; says why each cannot
 └── LimitExceeded          a configured bound was reached
 
@@ -64,6 +65,10 @@ class TransferFailed(PeerError):
 
 
 class CopyStalled(MemServeError):
+    pass
+
+
+class DeviceError(MemServeError):
     pass
 
 

@@ -28,7 +28,7 @@ from .checksums import block_checksums
 from .config import DEFAULT_EVICTION
 from .errors import ConfigError, LimitExceeded, OutOfBlocks
 from .index.journal import rebuild, to_events
-from .memory.arena import SLAB_BYTES, Arena
+from .memory.arena import SLAB_BYTES, Arena, Pinner
 from .memory.layout import BlockLayout
 from .memory.lease import PoolLease, PoolStore
 from .pool.ledger import Ledger
@@ -100,6 +100,7 @@ class MemPool:
         )
         self._resize: Resize | None = None
         self._resizer: str | None = None
+        self._pinner: Pinner | None = None
         self._subscribers: list[Callable[[], None]] = []
 
     # -- geometry --
@@ -290,6 +291,16 @@ class MemPool:
 
     # -- size --
 
+    def pin_with(self, pinner: Pinner) -> None:
+        """Let a device reach all of the pool's memory by itself, now and whatever its size becomes.
+
+        Before the size can change, and once. Takes as long as touching the memory in use."""
+        with self._lock:
+            assert self._pinner is None and self._resize is None
+            self._pinner = pinner
+        for region in self.regions():
+            pinner.pin(*region)
+
     def resize(self, total_bytes: int, *, wait_s: float = 0.0) -> ResizeResult:
         """Grow or shrink to ``total_bytes`` (rounded down to whole blocks, then up to a slab's end
         when shrinking), for a pool that stands alone. Copies what it moves on this thread.
@@ -335,6 +346,7 @@ class MemPool:
                 target_blocks,
                 on_evicted=self._on_evicted,
                 on_end=self._on_resized,
+                pinner=self._pinner,
             )
             return self._resize
 

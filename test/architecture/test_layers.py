@@ -41,6 +41,7 @@ ENTRIES |= {"launch_server"}
 HEAVY: dict[str, frozenset[str]] = {
     "sglang": frozenset({"plugin", "launch_server", "demo"}),
     "nixl": frozenset({"transfer"}),
+    "triton": frozenset({"memory"}),
     "torch": frozenset(
         {"plugin", "memory", "mempool", "kernels", "launch_server", "demo_model", "tiny_model"}
     ),

@@ -262,6 +262,70 @@ def test_failed_load_is_reported_and_unpinned(rig: Rig, monkeypatch: pytest.Monk
     assert not rig.linker.finish_layer_wise_loading(index)
 
 
+class AsyncLoad:
+    """A load that only starts in ``layer``, as on an accelerator."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.log: list[tuple[str, int]] = []
+        self.stalled = False
+
+    def layer(self, layer: int) -> None:
+        self.log.append(("start", layer))
+
+    def admit(self, layer: int) -> None:
+        self.log.append(("admit", layer))
+
+    def finish(self) -> None:
+        if self.stalled:
+            raise CopyStalled("the device did not finish")
+        for layer in range(LAYERS):
+            self._inner.layer(layer)
+        self.log.append(("finish", LAYERS))
+
+
+def start_async_load(rig: Rig, monkeypatch: pytest.MonkeyPatch, *, stalls: bool) -> AsyncLoad:
+    rig.store(["a"], [1])
+    made: list[AsyncLoad] = []
+    begin = rig.linker.device.begin_scatter
+
+    def begin_async(*arguments: Any) -> AsyncLoad:
+        made.append(AsyncLoad(begin(*arguments)))
+        made[0].stalled = stalls
+        return made[0]
+
+    monkeypatch.setattr(rig.linker.device, "begin_scatter", begin_async)
+    assert rig.linker.lookup("r", [transfer(["a"])]) == [1]
+    assert rig.linker.load("r", [transfer(["a"], [9])])
+    index = rig.linker.start_layer_wise_loading()
+    rig.linker.layer_done_counter.set_consumer(index)
+    for layer in range(LAYERS):
+        rig.linker.layer_done_counter.wait_until(layer)
+    assert rig.linker.finish_layer_wise_loading(index) is not stalls
+    assert rig.pool.stats()["leases"] == 0
+    return made[0]
+
+
+def test_forward_waits_on_its_stream_for_layers_under_way(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = rows(rig.kv, [1])
+    load = start_async_load(rig, monkeypatch, stalls=False)
+    assert [entry for entry in load.log if entry[0] == "admit"] == [
+        ("admit", layer) for layer in range(LAYERS)
+    ]
+    for layer in range(LAYERS):
+        assert load.log.index(("start", layer)) < load.log.index(("admit", layer))
+    assert ("finish", LAYERS) in load.log
+    assert torch.equal(rows(rig.kv, [9]), before)
+
+
+def test_a_load_that_stalls_on_the_device_has_not_landed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_async_load(rig, monkeypatch, stalls=True)
+
+
 def test_reset_drops_every_page(rig: Rig) -> None:
     rig.store(["a", "b"], [1, 2])
     rig.linker.lookup("r", [transfer(["a"])])

@@ -1,8 +1,10 @@
-"""WHERE blocks lie and how pages get there. Only ``swap`` imports torch.
+"""WHERE blocks lie and how pages get there. Only ``copies``, ``pinning`` and ``swap`` import torch.
 
 ``layout``     the bytes of one block
 ``arena``      the memory all blocks lie in
 ``allocator``  which blocks are free
 ``lease``      pinned blocks as a value with a deadline, and blocks being filled
-``swap``       copies between the engine's device pool and blocks
+``pinning``    the parts of the arena that an accelerator reaches by itself
+``copies/``    how bytes get from the engine's device pool to blocks and back
+``swap``       the device pool with its copies
 """

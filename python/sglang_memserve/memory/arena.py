@@ -19,7 +19,7 @@ import mmap
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,15 @@ class Slab(NamedTuple):
 
     first: int
     stop: int
+
+
+class Pinner(Protocol):
+    """Lets a device reach ranges of memory by itself; what it cannot do it says in the log."""
+
+    def pin(self, base: int, length: int) -> None: ...
+
+    def unpin(self, base: int, length: int) -> None:
+        """Before the range is given back; nobody uses it any more."""
 
 
 class Arena:

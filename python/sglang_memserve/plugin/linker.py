@@ -116,6 +116,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         self._node = RankNode.start(config, namespace, self.clock.stats)
         self.pool: MemPool = self._node.pool
         self.device = DevicePool(self.pool.layout, kv_pool.k_buffer, kv_pool.v_buffer)
+        self.pool.pin_with(self.device)
         self._pins: dict[str, _Pin] = {}
         self._queued_loads: dict[str, _Load] = {}
         self._offload_parent: PageKey | None = None
@@ -218,11 +219,16 @@ class MemPoolLinker(UnifiedCacheLinker):
         pages = torch.cat([load.pages for load in batch.loads])
         self.device.wait(batch.ready)
         transfer = self.device.begin_scatter(self.pool.arena, blocks, pages)
-        for layer in range(self.device.num_layers):
-            if self.layer_done_counter.called_off(batch.counter_index):
-                return
-            transfer.layer(layer)
-            self.layer_done_counter.complete(batch.counter_index, layer)
+        self.layer_done_counter.begin(batch.counter_index, transfer)
+        try:
+            for layer in range(self.device.num_layers):
+                if self.layer_done_counter.called_off(batch.counter_index):
+                    return
+                transfer.layer(layer)
+                self.layer_done_counter.complete(batch.counter_index, layer)
+        finally:
+            # The blocks are let go of next.
+            transfer.finish()
 
     # -- write-through: device pages -> MemPool --
 
@@ -274,6 +280,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         self._load_queue.put(None)
         self._loader.join(CLOSE_TIMEOUT_S)
         self.copies.close(CLOSE_TIMEOUT_S)
+        self.device.close()
         self._node.close()
 
     # -- helpers --

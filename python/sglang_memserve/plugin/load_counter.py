@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter
 
 from ..errors import CopyStalled, TransferFailed
+from ..memory.copies.base import Load
 from .scheduler_clock import SchedulerClock
 
 
@@ -26,6 +27,8 @@ from .scheduler_clock import SchedulerClock
 class _Ticket:
     deadline_s: float
     called_off: bool = False
+    failed: bool = False
+    load: Load | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
     def remaining_s(self) -> float:
@@ -60,9 +63,13 @@ class BoundedLoadCounter(LayerWiseLoadCounter):
         with self._clock.waiting():
             try:
                 # A failed layer is reported by finish(), as in SGLang's counter.
-                futures[threshold].exception(ticket.remaining_s())
+                failed = futures[threshold].exception(ticket.remaining_s()) is not None
             except TimeoutError:
                 self._call_off(self.consumer_index, ticket)
+                return
+        if ticket.load is not None and not failed:
+            # On an accelerator the layer is on its way: the forward's stream waits, not its thread.
+            ticket.load.admit(threshold)
 
     def finish(self, index: int) -> bool:
         """Whether every layer landed; the load thread writes nothing of this batch any more.
@@ -80,7 +87,9 @@ class BoundedLoadCounter(LayerWiseLoadCounter):
                     f"a load of {self._limit_s:g} s was called off and did not stop within "
                     f"{self._grace_s:g} s: its device slots can be neither used nor given back"
                 )
-        landed = all(future.done() and future.exception() is None for future in futures)
+        landed = not ticket.failed and all(
+            future.done() and future.exception() is None for future in futures
+        )
         del self.futures[index], self._tickets[index]
         return landed
 
@@ -94,6 +103,12 @@ class BoundedLoadCounter(LayerWiseLoadCounter):
 
     # -- load thread; fail() on both --
 
+    def begin(self, index: int, load: Load) -> None:
+        """``complete`` says from now on that a layer of ``load`` was started."""
+        ticket = self._tickets.get(index)
+        if ticket is not None:
+            ticket.load = load
+
     def called_off(self, index: int) -> bool:
         ticket = self._tickets.get(index)
         return ticket is None or ticket.called_off
@@ -104,6 +119,10 @@ class BoundedLoadCounter(LayerWiseLoadCounter):
             self.futures[index][layer].set_result(None)
 
     def fail(self, index: int, error: BaseException) -> None:
+        ticket = self._tickets.get(index)
+        if ticket is not None:
+            # A copy can fail when each of its layers was started well.
+            ticket.failed = True
         for future in self.futures.get(index, ()):
             with contextlib.suppress(InvalidStateError):
                 future.set_exception(error)

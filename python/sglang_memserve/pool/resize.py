@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ..memory.arena import Arena, Slab
+from ..memory.arena import Arena, Pinner, Slab
 from ..types import BlockId, Progress, Region, ResizeOutcome, ResizeResult
 from .ledger import Ledger
 from .shrink import Blockers, Shrink
@@ -36,6 +36,7 @@ class Resize:
         *,
         on_evicted: Callable[[], None],
         on_end: Callable[[], None],
+        pinner: Pinner | None,
     ) -> None:
         """The lock is held. Raises what ``Arena.grow`` raises."""
         self._lock = lock
@@ -43,6 +44,7 @@ class Resize:
         self._arena = arena
         self._on_evicted = on_evicted
         self._on_end = on_end
+        self._pinner = pinner
         self._ended = False
         self._before = ledger.total_blocks
         self._shrink: Shrink | None = None
@@ -99,6 +101,12 @@ class Resize:
 
     def complete(self) -> ResizeResult:
         """The pool has its new size. After ``vacate`` said DONE."""
+        if self._pinner is not None:
+            # Nobody copies there: not yet, or not any more.
+            for region in self.adds:
+                self._pinner.pin(*region)
+            for region in self.removes:
+                self._pinner.unpin(*region)
         with self._lock:
             assert not self._ended, "the resize has ended"
             if not self._ledger.closed:
