@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from ..checksums import UNKNOWN
 from ..index.journal import Cleared, Dropped, Journal, Record, Stored
 from ..index.local_index import LocalIndex, Removed
 from ..memory.allocator import BlockAllocator
@@ -194,16 +193,19 @@ class Ledger:
         A block whose key is readable already is freed."""
         fresh: dict[PageKey, BlockId] = {}
         parents: list[PageKey | None] = []
+        kept: list[int] = []
         for index, (position, block) in enumerate(filled):
             key = keys[position]
             if key in self.index or key in fresh:
                 self.allocator.free((block,))
                 continue
             fresh[key] = block
-            self.checksums.set(block, checksums[index] if checksums else UNKNOWN)
+            if checksums:
+                kept.append(checksums[index])
             parents.append(keys[position - 1] if position else parent)
         if not fresh:
             return 0
+        self.checksums.set(list(fresh.values()), kept)
         linked = self.index.insert(list(fresh), list(fresh.values()), parents)
         records: list[Record] = []
         chain: list[PageKey] = []

@@ -62,8 +62,11 @@ class BlockStore(Protocol):
 
     def address(self, block: BlockId) -> int: ...
 
+    def addresses(self, blocks: Sequence[BlockId]) -> list[int]: ...
+
     def checksums(self, blocks: Sequence[BlockId]) -> list[int]:
-        """What was committed with each of some leased blocks; 0 where nothing was."""
+        """What was committed with each of some leased blocks: 0 where nothing was, and an empty
+        list where nothing ever was."""
         ...
 
     def readable_pages(self, keys: Sequence[PageKey]) -> int:

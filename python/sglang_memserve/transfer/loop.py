@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 _HOUSEKEEPING_S = 0.1
 _MESSAGES_A_TURN = 64
 _READ_SLEEP_S = 0.0001
+_PUBLISH_S = 0.05
 # An error of ours is logged and survived, but not for ever.
 _MAX_FAILURES_IN_A_ROW = 20
 _FAILURE_PAUSE_S = 0.05
@@ -108,6 +109,7 @@ class AgentLoop:
         self._pages_changed = threading.Event()
         self._events_waiting = threading.Event()
         self._housekeeping_s = 0.0
+        self._published_s = 0.0
         self._poller = zmq.Poller()
         with ExitStack() as undo:
             self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -215,7 +217,10 @@ class AgentLoop:
             self._pages_changed.clear()
             self.server.on_pages_readable(now)
             self.sessions.on_pages_readable(now)
-        if self._events_waiting.is_set():
+        # While bytes are to be moved, events wait a little: many pages, one batch.
+        if self._events_waiting.is_set() and (
+            not self.sessions.reading or now >= self._published_s + _PUBLISH_S
+        ):
             self._publish()
         if self._reading:
             self._read_on()
@@ -327,6 +332,7 @@ class AgentLoop:
     def _publish(self) -> None:
         # Cleared first: what is written from now on sets it again.
         self._events_waiting.clear()
+        self._published_s = time.monotonic()
         for seq, changes in self._pool.drain_events():
             batch = events.EventBatch(ts=time.time(), events=list(changes))
             self._publisher.send(events.encode_frames(seq, batch))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 
 class Segment(NamedTuple):
@@ -21,20 +24,18 @@ def segments(
 
     Segments hold whole blocks; a block larger than ``max_bytes`` is a segment of its own.
     """
-    pairs = iter(zip(remote, local, strict=True))
-    first = next(pairs, None)
-    if first is None:
+    assert len(remote) == len(local), (len(remote), len(local))
+    if not remote:
         return
-    start = first
-    length = block_bytes
-    for far, near in pairs:
-        adjacent = far == start[0] + length and near == start[1] + length
-        if adjacent and length + block_bytes <= max_bytes:
-            length += block_bytes
-            continue
-        yield Segment(*start, length)
-        start, length = (far, near), block_bytes
-    yield Segment(*start, length)
+    far = np.array(remote, dtype=np.uint64)
+    near = np.array(local, dtype=np.uint64)
+    adjacent = (np.diff(far) == block_bytes) & (np.diff(near) == block_bytes)
+    starts = [0, *(np.flatnonzero(~adjacent) + 1).tolist(), len(remote)]
+    most_blocks = max(1, max_bytes // block_bytes)
+    for first, stop in itertools.pairwise(starts):
+        for start in range(first, stop, most_blocks):
+            count = min(most_blocks, stop - start)
+            yield Segment(remote[start], local[start], count * block_bytes)
 
 
 def batches(parts: Iterator[Segment], max_bytes: int) -> Iterator[list[Segment]]:
@@ -49,3 +50,23 @@ def batches(parts: Iterator[Segment], max_bytes: int) -> Iterator[list[Segment]]
         total += part.length
     if batch:
         yield batch
+
+
+def first_outside(
+    addresses: Sequence[int], block_bytes: int, memory: Sequence[tuple[int, int]]
+) -> int | None:
+    """The first of ``addresses`` at which no block of ``memory`` begins.
+
+    ``memory``: (address, bytes) of disjoint ranges, each of whole blocks from its start on."""
+    ranges = sorted(memory)
+    if not ranges or min(addresses) < 0:
+        return addresses[0] if not ranges else min(addresses)
+    bases = np.array([base for base, _ in ranges], dtype=np.uint64)
+    blocks = np.array([length // block_bytes for _, length in ranges], dtype=np.uint64)
+    found = np.array(addresses, dtype=np.uint64)
+    place = np.searchsorted(bases, found, side="right") - 1
+    # Where no range begins below, the difference wraps around and is refused all the same.
+    into = found - bases[place]
+    good = (place >= 0) & (into % block_bytes == 0) & (into // block_bytes < blocks[place])
+    wrong = np.flatnonzero(~good)
+    return addresses[int(wrong[0])] if len(wrong) else None

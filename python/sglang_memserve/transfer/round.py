@@ -18,6 +18,7 @@ from ..protocol.control import (
 from ..types import BlockId, PageKey
 from .base import ReadState, Store
 from .outcome import Ending, Outcome, outcome_of
+from .plan import first_outside
 from .port import Greeting, Port, Task
 
 _PROBE = PageKey(b"\xff" * KEY_BYTES)
@@ -112,8 +113,7 @@ class Round:
         self._enter(Phase.RELEASING, now + self._task.settings.reply_timeout_s)
         self.request_id = self._port.send(self._release_request())
         if self._checksums:
-            pool = self._task.pool
-            local = [pool.address(block) for _, block in self._store.missing]
+            local = self._task.pool.addresses([block for _, block in self._store.missing])
             self.ticket = self._port.verify(local, self._checksums)
 
     def on_verified(self, damaged: int | None) -> None:
@@ -191,18 +191,15 @@ class Round:
         if message.checksums and len(message.checksums) != count:
             return f"{len(message.checksums)} checksums for {count} addresses"
         size = self._task.pool.block_bytes
-        for address in message.addresses:
-            if not any(
-                base <= address and address + size <= base + length and (address - base) % size == 0
-                for base, length in self._greeting.memory
-            ):
-                ranges = ", ".join(f"{base:#x}+{size:#x}" for base, size in self._greeting.memory)
-                return f"no block is at {address:#x}; the peer's memory is {ranges or 'empty'}"
+        wrong = first_outside(message.addresses, size, self._greeting.memory)
+        if wrong is not None:
+            ranges = ", ".join(f"{base:#x}+{size:#x}" for base, size in self._greeting.memory[:8])
+            return f"no block is at {wrong:#x}; the peer's memory is {ranges or 'empty'}"
         return ""
 
     def _read(self, missing: Sequence[tuple[int, BlockId]], addresses: Sequence[int]) -> None:
         remote = [addresses[index] for index, _ in missing]
-        local = [self._task.pool.address(block) for _, block in missing]
+        local = self._task.pool.addresses([block for _, block in missing])
         try:
             self.read_handle = self._port.read(self._greeting.transport_name, remote, local)
         except TransferFailed as error:

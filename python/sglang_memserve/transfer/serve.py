@@ -193,7 +193,7 @@ class LeaseServer:
         self._grants[lease_id] = _Grant(lease, now + wanted.ttl_s)
         self.counts.leases += 1
         self.counts.pages += len(lease.blocks)
-        addresses = [self._pool.address(block) for block in lease.blocks]
+        addresses = self._pool.addresses(lease.blocks)
         checksums = self._pool.checksums(lease.blocks)
         known = checksums if any(checksums) else []
         return LeaseReply(lease_id, addresses, known, self._hello.memory_version)
