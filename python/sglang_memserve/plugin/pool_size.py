@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+from fastapi import APIRouter, Request, Response
 
 from ..config import parse_dram
-from ..errors import ConfigError, LimitExceeded, MemServeError
+from ..errors import ConfigError, LimitExceeded, MemServeError, ProtocolError
 from ..protocol.control import ResizeReply, ResizeRequest, StatsReply, StatsRequest
 from ..protocol.http import PoolBody, PoolInfo, PoolResult, RankPool, RankResize
 from ..transfer.client import LocalClient
 from ..types import ResizeOutcome
+from .answers import error_answer, json_answer
 
 _CALL_S = 5.0
 # On top of the patience that was asked for: pages are moved, a gigabyte or more a second.
@@ -23,6 +28,15 @@ _WORK_S = 60.0
 _BACK_WAIT_S = 1.0
 
 UNEVEN = "uneven"
+_REFUSALS = (ResizeOutcome.REFUSED.value, UNEVEN)
+
+
+class Sized(Protocol):
+    """What the routes need of the instance."""
+
+    async def pool(self) -> PoolInfo: ...
+
+    async def resize_pool(self, body: PoolBody) -> PoolResult: ...
 
 
 class PoolSize:
@@ -100,6 +114,31 @@ class PoolSize:
             else:
                 results.append(MemServeError(f"a rank answered with {type(answer).__name__}"))
         return results
+
+
+def pool_routes(instance: Sized) -> APIRouter:
+    """``GET`` and ``POST /memserve/pool``."""
+    router = APIRouter(prefix="/memserve")
+
+    @router.get("/pool")
+    async def show() -> Response:
+        try:
+            return json_answer(await instance.pool())
+        except MemServeError as error:
+            return error_answer(error)
+
+    @router.post("/pool")
+    async def resize(request: Request) -> Response:
+        try:
+            body = msgspec.json.decode(await request.body(), type=PoolBody)
+            result = await instance.resize_pool(body)
+        except (msgspec.MsgspecError, RecursionError) as error:
+            return error_answer(ProtocolError(str(error)))
+        except MemServeError as error:
+            return error_answer(error)
+        return json_answer(result, 409 if result.outcome in _REFUSALS else 200)
+
+    return router
 
 
 def _wanted_bytes(body: PoolBody) -> int:

@@ -16,22 +16,20 @@ from sglang.srt.utils import kill_process_tree
 from ..config import InstanceConfig
 from ..errors import (
     ConfigError,
-    LimitExceeded,
     MemServeError,
-    PeerError,
-    PeerUnreachable,
     ProtocolError,
 )
-from ..protocol.http import FetchBody, Load, PeersBody, PoolBody
+from ..protocol.http import FetchBody, Load, PeersBody
 from ..types import Role
 from .agent import EngineFacts, InstanceAgent
+from .answers import error_answer, json_answer
+from .pool_size import pool_routes
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 
 EXIT_REFUSED = 2
-POOL_CHANGED = ("resized", "unchanged")
 
 
 class _SglangEngine:
@@ -76,6 +74,7 @@ def mount(app: FastAPI, config: InstanceConfig, server_args: ServerArgs) -> Inst
         config, _SglangEngine(server_args), on_refused=_give_up, api_key=server_args.api_key
     )
     app.include_router(_routes(agent))
+    app.include_router(pool_routes(agent))
     sglang_lifespan = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -104,94 +103,56 @@ def _routes(agent: InstanceAgent) -> APIRouter:
     @router.get("/info")
     async def info() -> Response:
         try:
-            return _json(await agent.info())
+            return json_answer(await agent.info())
         except MemServeError as error:
-            return _error(error)
+            return error_answer(error)
 
     @router.get("/snapshot")
     async def snapshot() -> Response:
         try:
             return Response(await agent.snapshot(), media_type="application/msgpack")
         except MemServeError as error:
-            return _error(error)
+            return error_answer(error)
 
     @router.get("/stats")
     async def stats() -> Response:
         try:
-            return _json(await agent.stats())
+            return json_answer(await agent.stats())
         except MemServeError as error:
-            return _error(error)
+            return error_answer(error)
 
     @router.post("/fetch")
     async def fetch(request: Request) -> Response:
         try:
             body = msgspec.json.decode(await request.body(), type=FetchBody)
-            return _json(await agent.fetch(body))
+            return json_answer(await agent.fetch(body))
         except (msgspec.MsgspecError, RecursionError) as error:
-            return _error(ProtocolError(str(error)))
+            return error_answer(ProtocolError(str(error)))
         except MemServeError as error:
-            return _error(error)
+            return error_answer(error)
 
     @router.post("/peers")
     async def peers(request: Request) -> Response:
         try:
             body = msgspec.json.decode(await request.body(), type=PeersBody)
-            return _json(await agent.introduce(body))
+            return json_answer(await agent.introduce(body))
         except (msgspec.MsgspecError, RecursionError) as error:
-            return _error(ProtocolError(str(error)))
+            return error_answer(ProtocolError(str(error)))
         except MemServeError as error:
-            return _error(error)
-
-    @router.get("/pool")
-    async def pool() -> Response:
-        try:
-            return _json(await agent.pool())
-        except MemServeError as error:
-            return _error(error)
-
-    @router.post("/pool")
-    async def resize_pool(request: Request) -> Response:
-        try:
-            body = msgspec.json.decode(await request.body(), type=PoolBody)
-            result = await agent.resize_pool(body)
-        except (msgspec.MsgspecError, RecursionError) as error:
-            return _error(ProtocolError(str(error)))
-        except MemServeError as error:
-            return _error(error)
-        return _json(result, 200 if result.outcome in POOL_CHANGED else 409)
+            return error_answer(error)
 
     @router.post("/role")
     async def role(request: Request) -> Response:
         try:
             wanted = msgspec.json.decode(await request.body(), type=dict[str, str]).get("role", "")
             agent.set_role(Role(wanted))
-            return _json(await agent.info())
+            return json_answer(await agent.info())
         except (msgspec.MsgspecError, RecursionError) as error:
-            return _error(ProtocolError(str(error)))
+            return error_answer(ProtocolError(str(error)))
         except ValueError:
             roles = ", ".join(role.value for role in Role)
-            return _error(ConfigError(f"unknown role {wanted!r}, expected one of: {roles}"))
+            return error_answer(ConfigError(f"unknown role {wanted!r}, expected one of: {roles}"))
         except MemServeError as error:
-            return _error(error)
+            return error_answer(error)
 
     return router
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
-
-
-def _error(error: MemServeError) -> Response:
-    """SGLang's (OpenAI's) error shape."""
-    if isinstance(error, ConfigError | ProtocolError):
-        status = 400
-    elif isinstance(error, LimitExceeded):
-        status = 429
-    elif isinstance(error, PeerUnreachable):
-        status = 504
-    elif isinstance(error, PeerError):
-        status = 502
-    else:
-        status = 500
-    body = {"error": {"message": str(error), "type": type(error).__name__, "code": status}}
-    return _json(body, status)
