@@ -25,6 +25,7 @@ from sglang_memserve.types import Generation, InstanceId, Namespace, Role
 A, B = InstanceId("http://a:1"), InstanceId("http://b:1")
 NAMESPACE = Namespace("model", "1", "bfloat16", 16, 30, 3, 64, 64, 0, 1)
 WIDER = Namespace("model", "1", "bfloat16", 32, 30, 3, 64, 64, 0, 1)
+SPLIT = Namespace("model", "1", "bfloat16", 16, 30, 3, 64, 64, 0, 2)
 LOAD = Load(running_requests=2, waiting_requests=1, used_tokens=30, total_tokens=100)
 
 
@@ -144,6 +145,7 @@ def test_another_boot_at_the_same_url_replaces_the_old_one(fleet: Fleet) -> None
         ({"namespace": WIDER}, "page_size: ours 16, theirs 32"),
         ({"layout_hash": "0" * 16}, "layout_hash: ours"),
         ({"page_size": 8}, "page_size: ours 16, theirs 8"),
+        ({"namespace": SPLIT}, "tp_size: ours 1, theirs 2"),
     ],
 )
 def test_a_mismatch_is_refused_with_both_values(
