@@ -54,6 +54,19 @@ def test_another_namespace_is_refused_with_the_reason(ranks: Callable[..., Rank]
         assert isinstance(asker.ask(Hello(PROTOCOL_VERSION, "x", "y", NAMESPACE)), HelloReply)
 
 
+def test_shards_of_another_rank_or_split_are_refused(ranks: Callable[..., Rank]) -> None:
+    """What the reader is told names both sides' values, as the holder sees them."""
+    holder = ranks(namespace=Namespace("m", "1", "float16", 16, 2, 2, 64, 64, 0, 2))
+    put(holder.pool, KEYS)
+    crossed = ranks(namespace=Namespace("m", "1", "float16", 16, 2, 2, 64, 64, 1, 2))
+    (source,) = crossed.fetch(holder, KEYS).sources
+    assert source.outcome == "namespace_mismatch"
+    assert "tp_rank: ours 0, theirs 1" in source.detail
+    whole = ranks(namespace=Namespace("m", "1", "float16", 16, 2, 2, 64, 64, 0, 1))
+    (source,) = whole.fetch(holder, KEYS).sources
+    assert "tp_size: ours 2, theirs 1" in source.detail
+
+
 def lease(rank: Rank, ttl_s: float = 5.0, wait_s: float = 0.0, **changes: object) -> LeaseRequest:
     request = LeaseRequest(rank.generation, list(KEYS), 1, wait_s, ttl_s)
     return msgspec.structs.replace(request, **changes)
