@@ -140,7 +140,8 @@ def fetch_on_one_rank(
 ) -> control.FetchReply:
     """What ``POST /memserve/fetch`` asks of every rank, asked of one."""
     address = info(holder)["ranks"][rank]["peer_address"]
-    request = control.FetchRequest.of(holder.url, address, page_keys(prompt, PAGE), 1.0, 10.0)
+    keys: list[bytes] = [*page_keys(prompt, PAGE)]
+    request = control.FetchRequest.of(holder.url, address, keys, 1.0, 10.0)
     context = zmq.Context()
     try:
         socket = context.socket(zmq.DEALER)
