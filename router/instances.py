@@ -33,6 +33,7 @@ from .member import InFlight, Member, MemberStatus, State
 from .values import InstanceView, Match
 
 FORGET_FACTOR = 3
+REMEMBER_S = 3600.0
 _UNKNOWN = Generation("")
 _PLAIN = Generation("plain")
 _NOTHING = Match(0)
@@ -67,7 +68,7 @@ class Instances:
         self._expire_s = expire_s
         self._breaker = breaker
         self._members: dict[InstanceId, Member] = {}
-        self._gone: deque[MemberStatus] = deque(maxlen=_REMEMBERED)
+        self._gone: deque[tuple[float, Member]] = deque(maxlen=_REMEMBERED)
 
     # -- what instances say --
 
@@ -230,8 +231,16 @@ class Instances:
         return [member.status(now) for member in self._members.values()]
 
     def gone(self) -> list[MemberStatus]:
-        """The last few that left, oldest first."""
-        return list(self._gone)
+        """The last few that left within ``REMEMBER_S`` and are not back, oldest first.
+
+        Each URL once, as its last boot there is now: requests it still had may have ended since."""
+        now = self._clock()
+        recent: dict[InstanceId, Member] = {}
+        for left_at, member in self._gone:
+            if now - left_at <= REMEMBER_S:
+                recent.pop(member.id, None)
+                recent[member.id] = member
+        return [m.status(now) for m in recent.values() if m.id not in self._members]
 
     def info(self, instance: InstanceId) -> InstanceInfo | None:
         """None for an unknown instance, one that never answered, or plain SGLang."""
@@ -347,7 +356,7 @@ class Instances:
         del self._members[member.id]
         member.state = State.LEFT
         member.last_error = why if not member.last_error else f"{why} ({member.last_error})"
-        self._gone.append(member.status(self._clock()))
+        self._gone.append((self._clock(), member))
 
     def _detach(self, member: Member) -> None:
         member.attached = False

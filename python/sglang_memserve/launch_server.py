@@ -30,11 +30,13 @@ from .config import (
 )
 from .errors import ConfigError
 from .plugin import flags
+from .startup import StartUp
 from .types import Checksums, InstanceId
 
 _HUB_TIMEOUT_S = 5.0
 _REMOTE_SCHEMES = ("s3://", "gs://", "az://", "redis://", "instance://", "remote://", "http")
 EXIT_BAD_INPUT = 2
+_NO_SGLANG = "SGLang is not installed: install sglang-memserve[engine]"
 
 
 def add_memserve_flags(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +101,27 @@ def add_memserve_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="A stock SGLang instance with the same defaults, without MemPool and router.",
     )
+
+
+def print_help() -> None:
+    """Our own flags at once, SGLang's when it is imported, which takes many seconds."""
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang_memserve.launch_server",
+        usage="%(prog)s --model-path MODEL [MemServe's flags] [SGLang's flags]",
+        description="One SGLang instance with a MemPool.",
+        add_help=False,
+    )
+    add_memserve_flags(parser)
+    parser.print_help()
+    sys.stdout.flush()
+    if importlib.util.find_spec("sglang") is None:
+        print(f"\n{_NO_SGLANG}", flush=True)
+        return
+    with StartUp("importing SGLang for its flags"):
+        from .plugin import boot
+
+        text = boot.engine_help()
+    print(f"\n{text}", end="")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -215,14 +238,12 @@ def _exit_on_signal(signum: int, frame: FrameType | None) -> None:
 
 def run(argv: list[str]) -> int:
     """Serve until told to stop; returns the exit status. Raises ConfigError for bad input."""
-    if importlib.util.find_spec("sglang") is None:
-        raise ConfigError("SGLang is not installed: install sglang-memserve[engine]")
-    own, rest = parse(argv)
-    if "-h" in rest or "--help" in rest:
-        from .plugin import boot
-
-        boot.print_help(add_memserve_flags)
+    if "-h" in argv or "--help" in argv:
+        print_help()
         return 0
+    if importlib.util.find_spec("sglang") is None:
+        raise ConfigError(_NO_SGLANG)
+    own, rest = parse(argv)
     parse_role(own.role)
     engine = flags.read_engine_flags(rest)
     if not own.no_mempool:
@@ -235,11 +256,17 @@ def run(argv: list[str]) -> int:
         config = build_config(own, engine, runtime_dir)
         require_free_port(engine.host, engine.port)
         set_environment(own, engine)
-        from .plugin import boot
+        with StartUp("importing SGLang") as startup:
+            from .plugin import boot
 
-        return boot.serve(
-            None if own.no_mempool else config, engine, rest, drain_s=own.drain_timeout
-        )
+            startup.stage("starting the engine")
+            return boot.serve(
+                None if own.no_mempool else config,
+                engine,
+                rest,
+                drain_s=own.drain_timeout,
+                on_ready=startup.ready,
+            )
     finally:
         shutil.rmtree(runtime_dir, ignore_errors=True)
 

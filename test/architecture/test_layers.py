@@ -35,7 +35,7 @@ ALLOWED: dict[str, frozenset[str]] = {
 # Entries stand on top of everything, but the plugin and the router meet in none of them: they
 # start each other as processes.
 ENTRIES = SAYING | {"mempool", "plugin", "cluster", "demo", "demo_model", "tiny_model"}
-ENTRIES |= {"launch_server"}
+ENTRIES |= {"launch_server", "startup"}
 
 # The only parts that may import a heavy library, at any depth of their code.
 HEAVY: dict[str, frozenset[str]] = {

@@ -123,6 +123,28 @@ def test_a_flap_keeps_the_pages_and_a_long_silence_does_not(fleet: Fleet) -> Non
     assert gone.state is State.LEFT and "no heartbeat for 31 s" in gone.last_error
 
 
+def test_those_that_left_are_shown_as_they_are_and_not_for_ever(fleet: Fleet) -> None:
+    fleet.instances.register(info(A))
+    fleet.instances.register(info(B, generation="b1"))
+    flight = fleet.instances.begin(A, 100)
+    fleet.instances.deregister(A, "g1")
+    fleet.now = 5.0
+    fleet.instances.deregister(B, "b1")
+    flight.end(Outcome.SUCCEEDED)
+    fleet.now = 9.0
+    first, second = fleet.instances.gone()
+    assert (first.id, first.silent_s, first.in_flight_requests) == (A, 9.0, 0)
+    assert second.id == B
+    fleet.instances.register(info(A, generation="g2"))
+    assert [gone.id for gone in fleet.instances.gone()] == [B], "A is back"
+    fleet.instances.deregister(A, "g2")
+    assert [(gone.id, gone.generation) for gone in fleet.instances.gone()] == [(B, "b1"), (A, "g2")]
+    fleet.now = 3606.0
+    assert [gone.id for gone in fleet.instances.gone()] == [A]
+    fleet.now = 4000.0
+    assert fleet.instances.gone() == []
+
+
 def test_another_boot_at_the_same_url_replaces_the_old_one(fleet: Fleet) -> None:
     fleet.instances.register(info())
     old = fleet.instances.begin(A, 100)

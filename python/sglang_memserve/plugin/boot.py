@@ -53,15 +53,12 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def print_help(add_own_flags: Callable[[argparse.ArgumentParser], None]) -> None:
+def engine_help() -> str:
+    """SGLang's flags, as argparse shows them."""
     load_plugins()
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_memserve.launch_server",
-        description="One SGLang instance with a MemPool.",
-    )
-    add_own_flags(parser)
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, add_help=False)
     ServerArgs.add_cli_args(parser)
-    parser.print_help()
+    return parser.format_help()
 
 
 def cpu_platform_is_active(device: str | None) -> bool:
@@ -75,13 +72,19 @@ def cpu_platform_is_active(device: str | None) -> bool:
 
 
 def serve(
-    config: InstanceConfig | None, engine: flags.EngineFlags, argv: list[str], *, drain_s: float
+    config: InstanceConfig | None,
+    engine: flags.EngineFlags,
+    argv: list[str],
+    *,
+    drain_s: float,
+    on_ready: Callable[[], None],
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit status.
 
     The caller has turned SIGTERM into SystemExit, so that a signal in start-up ends the children
     that SGLang has started by then. ``config`` None means no MemPool. ``argv`` is the operator's,
-    for SGLang. Raises ConfigError for flags that SGLang refuses.
+    for SGLang. ``on_ready`` is called on another thread. Raises ConfigError for flags that SGLang
+    refuses.
     """
     load_plugins()
     try:
@@ -89,11 +92,17 @@ def serve(
         mounted = _mount(config, server_args)
         if config is not None:
             validation.register()
+
+        def ready() -> None:
+            on_ready()
+            if mounted is not None:
+                mounted.ready()
+
         http_server.launch_server(
             server_args,
             init_tokenizer_manager_func=_with_bounded_drain(mounted, drain_s),
             execute_warmup_func=_warm_up,
-            launch_callback=mounted.ready if mounted is not None else None,
+            launch_callback=ready,
         )
         return 0
     except KeyboardInterrupt:
