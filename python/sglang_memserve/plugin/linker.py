@@ -37,12 +37,14 @@ from ..errors import ConfigError, LimitExceeded
 from ..memory.swap import DevicePool
 from ..mempool import MemPool
 from ..types import BlockId, PageKey
-from . import hooks, linker_hooks
+from . import hooks, linker_hooks, scheduler_hooks
 from .agreement import Agreement
 from .copies import Copy, CopyThread, StoreJob
+from .device_tree import DeviceTree
 from .load_counter import BoundedLoadCounter
 from .node import RankNode, describe_device_pool
 from .scheduler_clock import SchedulerClock
+from .swaps import Ports
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
@@ -97,6 +99,7 @@ class MemPoolLinker(UnifiedCacheLinker):
     ) -> None:
         hooks.page_hash()
         linker_hooks.register()
+        scheduler_hooks.register()
         if components != {ComponentType.FULL}:
             names = ", ".join(sorted(component.name for component in components))
             raise ConfigError(
@@ -282,6 +285,11 @@ class MemPoolLinker(UnifiedCacheLinker):
         self.copies.close(CLOSE_TIMEOUT_S)
         self.device.close()
         self._node.close()
+
+    # -- for the device verbs --
+
+    def verb_ports(self, tree: DeviceTree) -> Ports:
+        return Ports(tree, self.pool, self.device, self.copies, self.ranks, self.clock, linked=self)
 
     # -- helpers --
 

@@ -1,0 +1,376 @@
+"""The device verbs over SGLang's own tree, both cores, with a real MemPool and real tensors."""
+
+from __future__ import annotations
+
+import threading
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache import unified_tree_core
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang_memserve.hashing import namespace_seed, page_keys
+from sglang_memserve.memory.swap import DevicePool
+from sglang_memserve.mempool import MemPool
+from sglang_memserve.plugin import prefix_verbs
+from sglang_memserve.plugin.agreement import Agreement
+from sglang_memserve.plugin.copies import CopyThread
+from sglang_memserve.plugin.device_tree import DeviceTree
+from sglang_memserve.plugin.engine_messages import PrefixVerbReqInput, PrefixVerbReqOutput
+from sglang_memserve.plugin.prefix_verbs import PrefixVerbs
+from sglang_memserve.plugin.scheduler_clock import SchedulerClock
+from sglang_memserve.plugin.swaps import Ports
+from sglang_memserve.types import Namespace
+
+PAGE, LAYERS, HEADS, DIM = 4, 2, 2, 8
+SLOTS = 64 * PAGE
+BLOCKS = 40
+SPACE = Namespace("m", "1", "bfloat16", PAGE, LAYERS, HEADS, DIM, DIM, 0, 1)
+LIMIT_S = 10.0
+A = list(range(100, 140))
+
+
+class Linked:
+    def device_events(self) -> list[Any]:
+        return []
+
+
+@dataclass
+class Rig:
+    cache: Any
+    allocator: Any
+    pool: MemPool
+    device: DevicePool
+    copies: CopyThread
+    verbs: PrefixVerbs
+    kv: Any
+    calls: int = 0
+    answers: dict[int, PrefixVerbReqOutput] = field(default_factory=dict)
+
+    def key(self, tokens: list[int], salt: str | None = None) -> RadixKey:
+        return RadixKey(array("q", tokens), cache_salt=salt)
+
+    def compute(self, tokens: list[int], salt: str | None = None) -> torch.Tensor:
+        """As a request would: slots for what the tree lacks, filled, then inserted."""
+        tokens = tokens[: len(tokens) // PAGE * PAGE]
+        found = self.cache.match_prefix(MatchPrefixParams(key=self.key(tokens, salt)))
+        known = found.device_prefix_len
+        fresh = self.allocator.alloc(len(tokens) - known)
+        assert fresh is not None
+        for buffer in (*self.kv.k_buffer, *self.kv.v_buffer):
+            buffer[fresh] = torch.randn(len(fresh), HEADS, DIM).bfloat16()
+        old = self.cache.path_device_indices(found.last_device_node)
+        params = InsertParams(
+            key=self.key(tokens, salt), value=torch.cat([old, fresh]), prev_prefix_len=known
+        )
+        result = self.cache.insert(params)
+        return self.rows(self.cache.path_device_indices(result.last_device_node))
+
+    def rows(self, slots: torch.Tensor) -> torch.Tensor:
+        return torch.stack([b[slots] for b in (*self.kv.k_buffer, *self.kv.v_buffer)])
+
+    def bytes_in_hbm(self, tokens: list[int]) -> torch.Tensor:
+        found = self.cache.match_prefix(MatchPrefixParams(key=self.key(tokens)))
+        return self.rows(self.cache.path_device_indices(found.last_device_node))
+
+    def lock(self, tokens: list[int]) -> tuple[int, Any]:
+        """As a running request holds its prefix."""
+        found = self.cache.match_prefix(MatchPrefixParams(key=self.key(tokens)))
+        node = found.last_device_node
+        return node, self.cache.inc_lock_ref(node).to_dec_params()
+
+    def submit(
+        self, verb: str, tokens: list[int], salt: str | None = None, deadline_s: float = LIMIT_S
+    ) -> int:
+        self.calls += 1
+        request = PrefixVerbReqInput(
+            call_id=self.calls,
+            verb=verb,
+            tokens=tokens,
+            keys=list(page_keys(tokens, PAGE, namespace_seed(None, salt))),
+            extra_key=None,
+            cache_salt=salt,
+            deadline_s=deadline_s,
+        )
+        if (refused := self.verbs.submit(request)) is not None:
+            self.answers[self.calls] = refused
+        return self.calls
+
+    def step(self) -> None:
+        for request, answer in self.verbs.advance():
+            self.answers[request.call_id] = answer
+
+    def wait(self, call: int) -> PrefixVerbReqOutput:
+        deadline = time.monotonic() + LIMIT_S
+        while call not in self.answers:
+            assert time.monotonic() < deadline, "the verb did not end"
+            self.step()
+            self.verbs.pause(0.001)
+        return self.answers.pop(call)
+
+    def do(self, verb: str, tokens: list[int], **options: Any) -> PrefixVerbReqOutput:
+        return self.wait(self.submit(verb, tokens, **options))
+
+    def check(self) -> None:
+        """Every slot is free or in the tree, and nobody holds anything."""
+        self.pool.check()
+        assert self.allocator.available_size() + self.cache.evictable_size() == SLOTS
+        assert self.cache.protected_size() == 0
+        stats = self.pool.stats()
+        assert stats["leases"] == stats["stores"] == 0
+
+
+@pytest.fixture(params=["rust", "python"])
+def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    # Without SGLang's C++ extension, which needs a compiler.
+    monkeypatch.setattr(unified_tree_core, "compute_node_hash_values", _node_keys)
+
+    def buffers() -> list[torch.Tensor]:
+        return [torch.zeros(SLOTS + PAGE, HEADS, DIM).bfloat16() for _ in range(LAYERS)]
+
+    kv: Any = SimpleNamespace(k_buffer=buffers(), v_buffer=buffers())
+    allocator = PagedTokenToKVPoolAllocator(SLOTS, PAGE, torch.bfloat16, "cpu", kv, False)
+    nothing: Any = None
+    cache = UnifiedRadixCache(
+        CacheInitParams(
+            disable=False,
+            req_to_token_pool=nothing,
+            token_to_kv_pool_allocator=allocator,
+            page_size=PAGE,
+            tree_components=(ComponentType.FULL,),
+            tree_core_backend=request.param,
+        )
+    )
+    # Keys without write-through: what DRAM holds is the test's business.
+    cache.tree_core.enable_external_cache_linker = True
+    cache.tree_core.write_through_threshold = 10**6
+    cache.linker = SimpleNamespace(pending_offloads=[])
+    pool = MemPool(SPACE, arena_bytes=BLOCKS * SPACE.block_bytes, generation="g")
+    device = DevicePool(pool.layout, kv.k_buffer, kv.v_buffer)
+    copies = CopyThread("test-copy")
+    ports = Ports(
+        DeviceTree(cache), pool, device, copies, Agreement([]), SchedulerClock(), linked=Linked()
+    )
+    rig = Rig(cache, allocator, pool, device, copies, PrefixVerbs(ports), kv)
+    yield rig
+    copies.close(LIMIT_S)
+    rig.check()
+    pool.close()
+
+
+def _node_keys(node: Any, page_size: int) -> list[str]:
+    parent = node.parent
+    seed: bytes | None = namespace_seed(node.key.extra_key, node.key.cache_salt)
+    if parent is not None and parent.hash_value:
+        seed = bytes.fromhex(parent.hash_value[-1])
+    return [key.hex() for key in page_keys(node.key.raw_token_ids(), page_size, seed)]
+
+
+def test_match_says_what_is_where(rig: Rig) -> None:
+    rig.compute(A)
+    answer = rig.do("match", [*A, *range(900, 908), 1])
+    assert (answer.outcome, answer.hbm_pages, answer.dram_pages) == ("complete", 10, 0)
+    assert answer.reusable_pages == 10
+    assert rig.do("match", [1, 2, 3]).hbm_pages == 0
+    assert rig.do("match", A, salt="other").hbm_pages == 0
+
+
+def test_out_and_in_again(rig: Rig) -> None:
+    before = rig.compute(A)
+    out = rig.do("swap_out", A)
+    assert (out.outcome, out.moved_pages, out.stored_pages) == ("complete", 10, 10)
+    assert (out.hbm_pages, out.dram_pages, out.reusable_pages) == (0, 10, 10)
+    assert rig.allocator.available_size() == SLOTS
+    for buffer in (*rig.kv.k_buffer, *rig.kv.v_buffer):
+        buffer.zero_()
+    back = rig.do("swap_in", A)
+    assert (back.outcome, back.moved_pages, back.hbm_pages) == ("complete", 10, 10)
+    assert torch.equal(rig.bytes_in_hbm(A), before)
+    again = rig.do("swap_out", A)
+    assert (again.moved_pages, again.stored_pages) == (10, 0), "DRAM had them all"
+
+
+def test_namespaces_are_kept_apart(rig: Rig) -> None:
+    rig.compute(A, salt="tenant")
+    assert rig.do("swap_out", A).moved_pages == 0
+    assert rig.do("swap_out", A, salt="tenant").moved_pages == 10
+    assert rig.do("swap_in", A).outcome == "miss"
+    assert rig.do("swap_in", A, salt="tenant").moved_pages == 10
+
+
+def test_part_of_a_prefix_takes_along_what_extends_it(rig: Rig) -> None:
+    """A prompt leaves with the answers that were generated after it."""
+    rig.compute([*A, *range(300, 308)])
+    rig.compute([*A, *range(400, 404)])
+    answer = rig.do("swap_out", A[:20])
+    assert (answer.outcome, answer.moved_pages, answer.continued_pages) == ("complete", 5, 8)
+    assert rig.do("match", [*A, *range(300, 308)]).dram_pages == 12
+    assert rig.do("match", [*A, *range(400, 404)]).dram_pages == 11
+    assert rig.allocator.available_size() == SLOTS
+
+
+def test_what_another_prefix_shares_stays(rig: Rig) -> None:
+    other = [*A[:16], *range(500, 516)]
+    rig.compute(A)
+    rig.compute(other)
+    answer = rig.do("swap_out", A)
+    assert (answer.outcome, answer.moved_pages, answer.hbm_pages) == ("shared", 6, 4)
+    assert answer.reusable_pages == 10
+    assert rig.do("match", other).hbm_pages == 8
+
+
+def test_what_a_request_uses_stays(rig: Rig) -> None:
+    rig.compute(A)
+    node, receipt = rig.lock(A[:24])
+    answer = rig.do("swap_out", A)
+    assert (answer.outcome, answer.moved_pages, answer.hbm_pages) == ("in_use", 4, 6)
+    assert rig.do("swap_out", A).moved_pages == 0
+    rig.cache.dec_lock_ref(node, receipt)
+    assert rig.do("swap_out", A).outcome == "complete"
+
+
+def test_request_that_comes_during_the_copy_keeps_its_pages(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.compute(A)
+    gate = hold_copies(rig, monkeypatch)
+    call = rig.submit("swap_out", A)
+    rig.step()
+    node, receipt = rig.lock(A)
+    gate.set()
+    answer = rig.wait(call)
+    assert (answer.outcome, answer.moved_pages, answer.hbm_pages) == ("in_use", 0, 10)
+    assert answer.dram_pages == 10, "the copy is not lost"
+    rig.cache.dec_lock_ref(node, receipt)
+
+
+def test_fresh_pages_are_waited_for(rig: Rig) -> None:
+    """SGLang holds a node until its write-through is done."""
+    rig.compute(A)
+    node, receipt = rig.lock(A)
+    rig.cache.linker.pending_offloads.append("one")
+    call = rig.submit("swap_out", A)
+    rig.step()
+    assert call not in rig.answers
+    rig.cache.linker.pending_offloads.clear()
+    rig.cache.dec_lock_ref(node, receipt)
+    assert rig.wait(call).moved_pages == 10
+
+
+def test_pages_that_find_no_block_stay(rig: Rig) -> None:
+    """Nothing leaves HBM that DRAM does not hold."""
+    taken = rig.pool.alloc_mem(BLOCKS - 4)
+    rig.compute(A)
+    answer = rig.do("swap_out", A)
+    assert (answer.outcome, answer.moved_pages, answer.hbm_pages) == ("no_blocks", 0, 10)
+    rig.pool.free_mem(taken)
+    assert rig.do("swap_out", A).outcome == "complete"
+
+
+def test_swap_in_takes_at_most_half_of_the_room(rig: Rig) -> None:
+    tokens = list(range(1000, 1000 + 40 * PAGE))
+    rig.compute(tokens)
+    assert rig.do("swap_out", tokens).moved_pages == 40
+    first = rig.do("swap_in", tokens)
+    assert (first.outcome, first.moved_pages, first.hbm_pages) == ("no_slots", 32, 32)
+    assert first.reusable_pages == 40, "the rest is still in DRAM"
+
+
+def test_swap_in_evicts_what_is_older(rig: Rig) -> None:
+    rig.compute(A)
+    rig.do("swap_out", A)
+    for first in range(2000, 2000 + 64 * PAGE, 8 * PAGE):
+        rig.compute(list(range(first, first + 8 * PAGE)))
+    assert rig.allocator.available_size() == 0
+    assert rig.do("swap_in", A).moved_pages == 10
+
+
+def test_swap_in_of_what_nobody_has(rig: Rig) -> None:
+    assert rig.do("swap_in", A).outcome == "miss"
+    rig.compute(A[:20])
+    answer = rig.do("swap_in", A)
+    assert (answer.outcome, answer.hbm_pages) == ("miss", 5)
+    assert rig.do("swap_in", A[:20]).outcome == "complete"
+
+
+def test_pages_computed_during_a_swap_in_are_kept_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.compute(A)
+    rig.do("swap_out", A)
+    gate = hold_copies(rig, monkeypatch)
+    call = rig.submit("swap_in", A)
+    rig.step()
+    computed = rig.compute([*A, *range(600, 608)])
+    gate.set()
+    assert rig.wait(call).hbm_pages == 10
+    assert torch.equal(rig.bytes_in_hbm([*A, *range(600, 608)]), computed)
+
+
+def test_failed_copies_change_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    rig.compute(A)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.device, "gather", broken)
+        assert rig.do("swap_out", A).hbm_pages == 10
+    rig.do("swap_out", A)
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.device, "scatter", broken)
+        answer = rig.do("swap_in", A)
+    assert (answer.outcome, answer.hbm_pages, answer.dram_pages) == ("copy_failed", 0, 10)
+
+
+def test_deadline_ends_a_verb(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.compute(A)
+    rig.do("swap_out", A)
+    gate = hold_copies(rig, monkeypatch)
+    call = rig.submit("swap_in", A, deadline_s=0.02)
+    rig.step()
+    time.sleep(0.03)
+    rig.step()
+    assert call not in rig.answers, "its slots may still be written"
+    gate.set()
+    assert rig.wait(call).outcome == "deadline"
+    assert rig.allocator.available_size() == SLOTS
+
+
+def test_flush_ends_what_runs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.compute(A)
+    rig.do("swap_out", A)
+    rig.compute(list(range(700, 740)))
+    gate = hold_copies(rig, monkeypatch)
+    calls = [rig.submit("swap_in", A), rig.submit("swap_out", list(range(700, 740)))]
+    rig.step()
+    threading.Timer(0.05, gate.set).start()
+    answers = rig.verbs.abandon()
+    assert [request.call_id for request, _ in answers] == calls
+    assert {answer.outcome for _, answer in answers} == {"flushed"}
+    assert not rig.verbs.busy
+
+
+def test_too_many_at_once_are_refused(rig: Rig) -> None:
+    calls = [rig.submit("match", A) for _ in range(prefix_verbs.MAX_TASKS + 1)]
+    assert rig.answers[calls[-1]].outcome == "limit_exceeded"
+    assert rig.wait(calls[0]).outcome == "complete"
+
+
+def hold_copies(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    gate = threading.Event()
+
+    def wait(*_: object) -> None:
+        assert gate.wait(LIMIT_S)
+
+    monkeypatch.setattr(rig.device, "wait", wait)
+    return gate
