@@ -24,6 +24,7 @@ from ..types import Role
 from .agent import EngineFacts, InstanceAgent
 from .answers import error_answer, json_answer
 from .pool_size import pool_routes
+from .verb_routes import verb_routes
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -75,6 +76,7 @@ def mount(app: FastAPI, config: InstanceConfig, server_args: ServerArgs) -> Inst
     )
     app.include_router(_routes(agent))
     app.include_router(pool_routes(agent))
+    app.include_router(verb_routes(_manager, server_args.page_size))
     sglang_lifespan = app.router.lifespan_context
 
     @contextlib.asynccontextmanager

@@ -229,3 +229,39 @@ class PoolResult(msgspec.Struct, frozen=True):
     dram_bytes: int
     ranks: list[RankPool]
     steps: list[RankResize]
+
+
+class PrefixBody(msgspec.Struct, frozen=True):
+    """A prefix: exactly one of ``input_ids``, ``text`` and ``keys`` (hex, ``match`` only), in the
+    namespace that ``extra_key`` and ``cache_salt`` make, as in SGLang's ``/generate``. Only full
+    pages count."""
+
+    input_ids: list[int] | None = None
+    text: str | None = None
+    keys: list[str] | None = None
+    extra_key: str | None = None
+    cache_salt: str | None = None
+    deadline_s: float = 10.0
+
+
+class PrefixResult(msgspec.Struct, frozen=True):
+    """Pages of ``page_size`` tokens; over several ranks the least.
+
+    ``pages``: full pages of the prefix. ``hbm_pages``, ``dram_pages``: leading ones in that tier
+    now; ``both_pages``: in both; ``reusable_pages``: what a request need not compute, HBM and then
+    DRAM. Null where only keys were given: HBM is searched by tokens. ``moved_pages``: left HBM, or
+    came into it. ``stored_pages``: written to DRAM before they could leave. ``continued_pages``:
+    beyond the prefix, left with it. ``outcome`` is ``complete`` or why not all was moved.
+    """
+
+    outcome: str
+    page_size: int
+    pages: int
+    hbm_pages: int | None
+    dram_pages: int
+    both_pages: int | None
+    reusable_pages: int | None
+    moved_pages: int
+    stored_pages: int
+    continued_pages: int
+    seconds: float
