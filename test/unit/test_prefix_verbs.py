@@ -54,6 +54,7 @@ class Rig:
     copies: CopyThread
     verbs: PrefixVerbs
     kv: Any
+    now: list[float]
     calls: int = 0
     answers: dict[int, PrefixVerbReqOutput] = field(default_factory=dict)
 
@@ -161,7 +162,9 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     ports = Ports(
         DeviceTree(cache), pool, device, copies, Agreement([]), SchedulerClock(), linked=Linked()
     )
-    rig = Rig(cache, allocator, pool, device, copies, PrefixVerbs(ports), kv)
+    now = [0.0]
+    verbs = PrefixVerbs(ports, clock=lambda: now[0])
+    rig = Rig(cache, allocator, pool, device, copies, verbs, kv, now)
     yield rig
     copies.close(LIMIT_S)
     rig.check()
@@ -336,14 +339,22 @@ def test_deadline_ends_a_verb(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None
     rig.compute(A)
     rig.do("swap_out", A)
     gate = hold_copies(rig, monkeypatch)
-    call = rig.submit("swap_in", A, deadline_s=0.02)
+    call = rig.submit("swap_in", A)
     rig.step()
-    time.sleep(0.03)
+    rig.now[0] += LIMIT_S
     rig.step()
     assert call not in rig.answers, "its slots may still be written"
     gate.set()
     assert rig.wait(call).outcome == "deadline"
     assert rig.allocator.available_size() == SLOTS
+
+
+def test_verb_whose_time_is_over_does_not_begin(rig: Rig) -> None:
+    rig.compute(A)
+    call = rig.submit("swap_out", A)
+    rig.now[0] += LIMIT_S
+    answer = rig.wait(call)
+    assert (answer.outcome, answer.hbm_pages) == ("deadline", 10)
 
 
 def test_flush_ends_what_runs(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

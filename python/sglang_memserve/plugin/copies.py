@@ -151,7 +151,9 @@ class CopyThread:
         assert job is not None
         landed = False
         try:
-            if not copy.called_off and time.monotonic() < copy.deadline_s:
+            if time.monotonic() >= copy.deadline_s:
+                copy.call_off()
+            if not copy.called_off:
                 landed = job.run(copy)
         except Exception:
             log.exception("%s: a copy failed", self.name)

@@ -34,12 +34,13 @@ ABANDON_LIMIT_S = 10.0
 
 @dataclass(slots=True)
 class _Task:
-    """``swap`` is None until it has begun."""
+    """``swap`` is None until it has begun. ``deferred``: it waits for pages in use."""
 
     request: PrefixVerbReqInput
     prefix: Prefix
     deadline_s: float
     swap: Swap | None = None
+    deferred: bool = False
 
     @property
     def copies(self) -> list[Copy]:
@@ -50,8 +51,11 @@ Answer = tuple[PrefixVerbReqInput, PrefixVerbReqOutput]
 
 
 class PrefixVerbs:
-    def __init__(self, ports: Ports) -> None:
+    """``clock`` gives seconds and times the deadlines."""
+
+    def __init__(self, ports: Ports, clock: Callable[[], float] = time.monotonic) -> None:
         self._ports = ports
+        self._clock = clock
         self._tree: DeviceTree = ports.tree
         self._tasks: list[_Task] = []
 
@@ -68,7 +72,7 @@ class PrefixVerbs:
         keys = tuple(PageKey(key) for key in request.keys)
         tokens = array("q", request.tokens)
         prefix = Prefix(tokens, keys, request.extra_key, request.cache_salt)
-        self._tasks.append(_Task(request, prefix, time.monotonic() + request.deadline_s))
+        self._tasks.append(_Task(request, prefix, self._clock() + request.deadline_s))
         return None
 
     def advance(self) -> list[Answer]:
@@ -77,7 +81,8 @@ class PrefixVerbs:
         if not self._tasks:
             return []
         with self._ports.clock.working():
-            on_time = self._vote([time.monotonic() < task.deadline_s for task in self._tasks])
+            now = self._clock()
+            on_time = self._vote([now < task.deadline_s for task in self._tasks])
             answers = []
             for task, timely in zip(list(self._tasks), on_time, strict=True):
                 if not timely:
@@ -117,13 +122,16 @@ class PrefixVerbs:
         verb = Verb(task.request.verb)
         if verb is Verb.MATCH:
             return self._answer(task, Outcome.COMPLETE)
+        if not timely:
+            return self._answer(task, Outcome.IN_USE if task.deferred else Outcome.DEADLINE)
         start = start_swap_out if verb is Verb.SWAP_OUT else start_swap_in
         begun = start(self._ports, task.prefix, task.request.deadline_s)
         if not isinstance(begun, Outcome):
             task.swap = begun
             return None
-        if begun is Outcome.IN_USE and self._tree.storing and timely:
+        if begun is Outcome.IN_USE and self._tree.storing:
             # Pages that were just computed; the next round looks again.
+            task.deferred = True
             return None
         return self._answer(task, begun)
 
