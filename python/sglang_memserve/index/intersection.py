@@ -10,8 +10,9 @@ events``): who mirrors an instance need not know how many ranks it has.
     merged   . . . . . . stored a b c . removed c . . . .
 
 A page is there in a tier when all ranks have it in that tier. Its entry lives as long as one rank
-holds it: memory is bounded by what the ranks hold together, and by ``max_pages``. About 200 bytes
-a page. Batches are numbered 0, 1, 2, ... without holes; changes that change nothing make none.
+holds it: memory is bounded by what the ranks hold together, and by ``max_pages``; 140 to 240
+bytes a page by ``tracemalloc``. Batches are numbered 0, 1, 2, ... without holes; what changes
+nothing makes none.
 
 Pure and not thread-safe. Ranks are trusted to hash alike: a page's parent is the first one told.
 """
