@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -39,9 +40,13 @@ DEFAULT_EVICTION = Eviction.TWO_QUEUE
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Upper bounds a rank enforces on what peers and routers ask of it.
+    """Upper bounds of one rank, all of them; ``docs/transfer.md`` says what happens at each.
 
-    Durations are seconds. A request for more is served with the bound, not refused.
+    Durations are seconds. Of leases granted to peers: ``max_leases``, ``max_leases_per_peer``,
+    ``max_leased_bytes_per_peer``, and ``max_parked`` requests that wait for pages. Of fetches:
+    ``max_fetches`` run and ``max_queued_fetches`` wait; each names at most ``max_sources``, has
+    ``max_rounds`` leases of a source at a time, and ``max_reading_bytes_per_peer`` are on their
+    way. Ended fetches pin at most ``max_grace_leases`` and ``grace_share`` of all blocks.
     """
 
     lease_ttl_s: float = 30.0
@@ -49,8 +54,18 @@ class Limits:
     fetch_deadline_s: float = 120.0
     connect_timeout_s: float = 2.0
     max_leases: int = 1024
-    max_fetches: int = 64
-    max_pages_per_request: int = 16384
+    max_leases_per_peer: int = 256
+    max_leased_bytes_per_peer: int = 8 << 30
+    max_parked: int = 256
+    max_fetches: int = 8
+    max_queued_fetches: int = 64
+    max_pages_per_request: int = 65_536
+    max_sources: int = 16
+    max_rounds: int = 4
+    max_round_bytes: int = 64 << 20
+    max_reading_bytes_per_peer: int = 1 << 30
+    max_grace_leases: int = 64
+    grace_share: float = 0.25
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -123,6 +138,22 @@ def _require_exact_keys(cls: type[InstanceConfig] | type[Limits], value: dict[st
 
 def new_generation() -> Generation:
     return Generation(secrets.token_hex(8))
+
+
+def parse_limits(texts: Iterable[str]) -> Limits:
+    """``NAME=VALUE`` each; a size or a number. Raises ConfigError for what is no limit."""
+    kinds = {item.name: item.type for item in fields(Limits)}
+    changes: dict[str, float] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            raise ConfigError(f"unknown limit {name!r}: choose one of {', '.join(kinds)}")
+        try:
+            whole = kinds[name] == "int"
+            changes[name] = parse_size(value) if whole else float(value)
+        except ValueError:
+            raise ConfigError(f"limit {name}: {value!r} is no number") from None
+    return replace(Limits(), **changes)  # type: ignore[arg-type]
 
 
 def parse_checksums(text: str) -> Checksums:

@@ -25,6 +25,7 @@ from .config import (
     parse_checksums,
     parse_dram,
     parse_eviction,
+    parse_limits,
     parse_role,
     parse_url,
 )
@@ -76,6 +77,14 @@ def add_memserve_flags(parser: argparse.ArgumentParser) -> None:
         metavar="{on,off}",
         help="Keep a checksum of each page, which instances compare after they fetched it. "
         "Default: off.",
+    )
+    group.add_argument(
+        "--mempool-limit",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="One of the bounds in docs/transfer.md, such as max_leases=2048 or "
+        "max_leased_bytes_per_peer=4GiB; may be given several times.",
     )
     group.add_argument(
         "--advertise-url",
@@ -220,6 +229,7 @@ def build_config(
         mempool_eviction=parse_eviction(own.mempool_eviction),
         router_urls=tuple(parse_url(router) for router in own.router_url),
         mempool_checksums=parse_checksums(own.mempool_checksums),
+        limits=parse_limits(own.mempool_limit),
     )
 
 

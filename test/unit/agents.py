@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import zmq
+from sglang_memserve.config import Limits
 from sglang_memserve.mempool import MemPool
 from sglang_memserve.protocol.control import (
     FetchReply,
@@ -25,8 +26,6 @@ from sglang_memserve.protocol.control import (
 from sglang_memserve.transfer.agent import RankAgent
 from sglang_memserve.transfer.base import Transport
 from sglang_memserve.transfer.port import FetchSettings
-from sglang_memserve.transfer.serve import ServeLimits
-from sglang_memserve.transfer.session import SessionLimits
 from sglang_memserve.types import Checksums, Namespace, PageKey
 
 NAMESPACE = Namespace("m", "1", "float16", 16, 2, 2, 64, 64, 0, 1)
@@ -73,8 +72,7 @@ class Rank:
         *,
         blocks: int = 64,
         namespace: Namespace = NAMESPACE,
-        session_limits: SessionLimits | None = None,
-        serve_limits: ServeLimits | None = None,
+        limits: Limits | None = None,
         settings: FetchSettings | None = None,
         checksums: Checksums = Checksums.OFF,
     ) -> None:
@@ -96,8 +94,7 @@ class Rank:
             host="127.0.0.1",
             local_path=self.path,
             settings=settings,
-            session_limits=session_limits,
-            serve_limits=serve_limits,
+            limits=limits,
         )
         self.agent.start()
 
@@ -162,6 +159,10 @@ class Asker:
         frames = self.socket.recv_multipart()
         assert frames[0] == request_id
         return decode(frames[1])
+
+    def post(self, message: Message) -> None:
+        """Ask without waiting for the answer."""
+        self.socket.send_multipart([secrets.token_bytes(8), encode(message)])
 
     def drain(self, message: Message) -> None:
         """Read answers up to the one to ``message``, whatever it is."""

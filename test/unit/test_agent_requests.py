@@ -8,6 +8,7 @@ from collections.abc import Callable
 import msgspec
 import pytest
 import zmq
+from sglang_memserve.config import Limits
 from sglang_memserve.errors import LimitExceeded, ProtocolError
 from sglang_memserve.protocol import PROTOCOL_VERSION
 from sglang_memserve.protocol.control import (
@@ -25,8 +26,6 @@ from sglang_memserve.protocol.control import (
     decode,
     encode,
 )
-from sglang_memserve.transfer.serve import ServeLimits
-from sglang_memserve.transfer.session import SessionLimits
 from sglang_memserve.types import Namespace
 from unit.agents import (
     KEYS,
@@ -125,7 +124,7 @@ def test_lease_requests_that_are_refused(
 
 
 def test_waiting_lease_requests_are_bounded_and_end(ranks: Callable[..., Rank]) -> None:
-    holder = ranks(serve_limits=ServeLimits(parked=2))
+    holder = ranks(limits=Limits(max_parked=2))
     with Asker(holder.agent.peer_address) as asker:
         for index in range(3):
             asker.socket.send_multipart([bytes([index]) * 8, encode(lease(holder, wait_s=0.2))])
@@ -137,7 +136,7 @@ def test_waiting_lease_requests_are_bounded_and_end(ranks: Callable[..., Rank]) 
 
 
 def test_leases_are_bounded(ranks: Callable[..., Rank]) -> None:
-    holder = ranks(serve_limits=ServeLimits(leases=2))
+    holder = ranks(limits=Limits(max_leases=2))
     put(holder.pool, KEYS)
     with Asker(holder.agent.peer_address) as asker:
         kinds = [type(asker.ask(lease(holder, ttl_s=20.0))) for _ in range(3)]
@@ -146,7 +145,7 @@ def test_leases_are_bounded(ranks: Callable[..., Rank]) -> None:
 
 def test_fetches_are_bounded(ranks: Callable[..., Rank]) -> None:
     holder = ranks()
-    reader = ranks(session_limits=SessionLimits(active=1, queued=2))
+    reader = ranks(limits=Limits(max_fetches=1, max_queued_fetches=2))
     fetches = [reader.start(holder, KEYS, 0.4, 5.0) for _ in range(5)]
     ends = [fetch.exception(LIMIT_S) for fetch in fetches]
     assert [type(end) for end in ends] == [type(None)] * 3 + [LimitExceeded] * 2

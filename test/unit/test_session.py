@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+from sglang_memserve.config import Limits
 from sglang_memserve.errors import LimitExceeded
 from sglang_memserve.mempool import MemPool
 from sglang_memserve.protocol.control import (
@@ -19,18 +20,17 @@ from sglang_memserve.protocol.control import (
     ReleaseReply,
     ReleaseRequest,
 )
-from sglang_memserve.transfer.grace import GraceLimits
 from sglang_memserve.transfer.loopback import LoopbackTransport
 from sglang_memserve.transfer.peers import PeerLimits
 from sglang_memserve.transfer.port import FetchSettings
-from sglang_memserve.transfer.session import SessionLimits, Sessions
+from sglang_memserve.transfer.session import Sessions
 from sglang_memserve.transfer.verify import InlineVerifier
 from sglang_memserve.types import Namespace, PageKey
 
 NAMESPACE = Namespace("m", "1", "float16", 4, 1, 1, 8, 8, 0, 1)
 KEYS = [PageKey(bytes([index + 1]) * 32) for index in range(8)]
 HELLO = Hello(1, "reader", "reader", NAMESPACE)
-LIMITS = SessionLimits(active=2, queued=2, peers=PeerLimits(2, 10.0), grace=GraceLimits(leases=3))
+LIMITS = Limits(max_fetches=2, max_queued_fetches=2, max_grace_leases=3)
 
 
 class FakeLink:
@@ -49,7 +49,7 @@ class FakeLink:
 class Bench:
     """``Sessions`` over loopback; the test plays the peers by hand."""
 
-    def __init__(self, limits: SessionLimits = LIMITS) -> None:
+    def __init__(self, limits: Limits = LIMITS) -> None:
         self.now = 50.0
         self.pool = MemPool(
             NAMESPACE,
@@ -76,6 +76,7 @@ class Bench:
             verifier=InlineVerifier(),
             settings=FetchSettings(),
             limits=limits,
+            peer_limits=PeerLimits(2, 10.0),
         )
 
     def open_link(self, address: str) -> FakeLink:

@@ -18,9 +18,6 @@ from ..errors import ConfigError
 from ..mempool import MemPool
 from ..transfer.agent import RankAgent
 from ..transfer.nixl import NixlTransport
-from ..transfer.port import FetchSettings
-from ..transfer.serve import ServeLimits
-from ..transfer.session import SessionLimits
 from ..types import Namespace
 
 if TYPE_CHECKING:
@@ -102,7 +99,6 @@ class RankNode:
     ) -> RankNode:
         """``more_stats`` joins what ``/memserve/stats`` says of this rank; called on any thread."""
         _keep_to_loopback(config.peer_host)
-        limits = config.limits
         pool = MemPool(
             namespace,
             arena_bytes=config.rank_dram_bytes(namespace.tp_size),
@@ -121,20 +117,7 @@ class RankNode:
                 host=config.peer_host,
                 local_path=config.rank_socket(namespace.tp_rank),
                 more_stats=more_stats,
-                settings=FetchSettings(
-                    reply_timeout_s=limits.connect_timeout_s, max_lease_ttl_s=limits.lease_ttl_s
-                ),
-                session_limits=SessionLimits(
-                    queued=limits.max_fetches,
-                    keys=limits.max_pages_per_request,
-                    deadline_s=limits.fetch_deadline_s,
-                ),
-                serve_limits=ServeLimits(
-                    leases=limits.max_leases,
-                    keys=limits.max_pages_per_request,
-                    wait_s=limits.lease_wait_s,
-                    ttl_s=limits.lease_ttl_s,
-                ),
+                limits=config.limits,
             )
             agent.start()
         except BaseException:

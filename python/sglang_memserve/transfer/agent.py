@@ -19,6 +19,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
+from ..config import Limits
 from ..errors import ConfigError, LimitExceeded, MemServeError, PeerUnreachable
 from ..protocol.control import FetchReply, FetchRequest
 from ..types import Namespace
@@ -26,8 +27,6 @@ from .base import Pool, Transport
 from .loop import AgentConfig, AgentLoop, Submission
 from .members import MembershipLimits
 from .port import FetchSettings
-from .serve import ServeLimits
-from .session import SessionLimits
 from .sockets import Wake
 
 log = logging.getLogger(__name__)
@@ -58,8 +57,7 @@ class RankAgent:
         local_path: Path | str,
         advertise_host: str | None = None,
         settings: FetchSettings | None = None,
-        session_limits: SessionLimits | None = None,
-        serve_limits: ServeLimits | None = None,
+        limits: Limits | None = None,
         membership_limits: MembershipLimits | None = None,
         more_stats: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
@@ -75,9 +73,8 @@ class RankAgent:
             host=host,
             advertise=advertise_host or host,
             local_path=Path(local_path),
-            fetch=settings or FetchSettings(),
-            sessions=session_limits or SessionLimits(),
-            serve=serve_limits or ServeLimits(),
+            fetch=settings or FetchSettings.of(limits or Limits()),
+            limits=limits or Limits(),
             members=membership_limits or MembershipLimits(),
             more_stats=more_stats,
         )

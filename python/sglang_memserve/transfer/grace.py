@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
+from ..config import Limits
 from .base import Lease
 
 
-@dataclass(frozen=True, slots=True)
-class GraceLimits:
-    """At most ``leases``, on at most ``share`` of all blocks, but for the last one's."""
-
-    leases: int = 64
-    share: float = 0.25
-
-
 class GracePins:
-    """The oldest go first when there are too many."""
+    """At most ``limits.max_grace_leases`` on at most ``limits.grace_share`` of all blocks, but for
+    the last one's; the oldest go first when there are too many."""
 
-    def __init__(self, limits: GraceLimits) -> None:
+    def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._kept: deque[tuple[float, Lease]] = deque()
 
     def keep(self, lease: Lease, until_s: float, total_blocks: int) -> None:
         kept = self._kept
         kept.append((until_s, lease))
-        most_blocks = self.limits.share * total_blocks
+        most_blocks = self.limits.grace_share * total_blocks
         blocks = sum(len(lease.blocks) for _, lease in kept)
-        while len(kept) > 1 and (len(kept) > self.limits.leases or blocks > most_blocks):
+        while len(kept) > 1 and (len(kept) > self.limits.max_grace_leases or blocks > most_blocks):
             oldest = kept.popleft()[1]
             blocks -= len(oldest.blocks)
             oldest.release()
@@ -45,4 +38,4 @@ class GracePins:
             self._kept.popleft()[1].release()
 
     def check(self) -> None:
-        assert len(self._kept) <= self.limits.leases, len(self._kept)
+        assert len(self._kept) <= self.limits.max_grace_leases, len(self._kept)

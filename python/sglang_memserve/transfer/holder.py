@@ -232,6 +232,11 @@ class Holder:
         if outcome is Outcome.LEASE_INVALID:
             self._port.forget()
         if round_.refused and self.ending is None:
+            if outcome is Outcome.MISS and now < self._task.wait_until_s:
+                # The source waits for less long than we do.
+                self._wait_for([span])
+                self._recheck_s = now + self._task.settings.recheck_s
+                return
             if outcome is Outcome.MISS:
                 rest = [span]
                 while self._todo and self._todo[0].first == rest[-1].stop:
@@ -244,7 +249,7 @@ class Holder:
                 self._regreeted = True
                 self._return(span)
                 return
-            if outcome is Outcome.LIMIT and self.rounds:
+            if outcome is Outcome.LIMIT and (self.rounds or round_.postponed):
                 # Our own rounds may be what is in the way.
                 self._wait_for([span])
                 self._recheck_s = now + self._task.settings.recheck_s

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import zmq
 
+from ..config import Limits
 from ..errors import MemServeError, ProtocolError
 from ..protocol import PROTOCOL_VERSION, events
 from ..protocol.control import (
@@ -39,8 +40,8 @@ from .base import Pool, Transport
 from .members import Membership, MembershipLimits
 from .port import FetchSettings
 from .resizer import Resizer
-from .serve import LeaseServer, ServeLimits, error_reply
-from .session import SessionLimits, Sessions
+from .serve import LeaseServer, error_reply
+from .session import Sessions
 from .sockets import Dialer, MalformedFrames, Publisher, Route, Server, Wake
 from .verify import ThreadVerifier
 
@@ -68,8 +69,7 @@ class AgentConfig:
     advertise: str
     local_path: Path
     fetch: FetchSettings
-    sessions: SessionLimits
-    serve: ServeLimits
+    limits: Limits
     members: MembershipLimits
     more_stats: Callable[[], Mapping[str, float]] = dict
 
@@ -138,7 +138,7 @@ class AgentLoop:
     def _make_parts(self, config: AgentConfig) -> None:
         who = (PROTOCOL_VERSION, config.instance_id, config.generation, config.namespace)
         hello = HelloReply(*who, self._transport.metadata(), self._memory())
-        self.server = LeaseServer(self._pool, hello, config.serve)
+        self.server = LeaseServer(self._pool, hello, config.limits)
         self.resizer = Resizer(self._pool, self._transport, self._tell_memory)
         self.sessions = Sessions(
             self._pool,
@@ -147,7 +147,7 @@ class AgentLoop:
             self._dial,
             verifier=ThreadVerifier(self._wake.set),
             settings=config.fetch,
-            limits=config.sessions,
+            limits=config.limits,
         )
         self.members = Membership(
             self.sessions.peers, self._pool, self._transport, Hello(*who), config.members

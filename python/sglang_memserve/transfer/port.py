@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..config import Limits
 from ..protocol.control import Hello, HelloReply, Message
 from ..types import PageKey
 from .base import BlockStore, Store
@@ -36,6 +37,15 @@ class FetchSettings:
     max_lease_ttl_s: float = 30.0
     grace_s: float = 3.0
     recheck_s: float = 0.05
+
+    @classmethod
+    def of(cls, limits: Limits) -> FetchSettings:
+        return cls(
+            reply_timeout_s=limits.connect_timeout_s,
+            rounds=limits.max_rounds,
+            max_bytes_per_lease=limits.max_round_bytes,
+            max_lease_ttl_s=limits.lease_ttl_s,
+        )
 
     def round_pages(self, block_bytes: int) -> int:
         return max(1, min(self.max_pages_per_lease, self.max_bytes_per_lease // block_bytes))
@@ -75,7 +85,8 @@ class Port(Protocol):
         ...
 
     def read(self, name: str, remote: Sequence[int], local: Sequence[int]) -> int:
-        """Raises TransferFailed when nothing was started."""
+        """Raises TransferFailed when nothing was started, LimitExceeded when too much is being
+        read from that peer: later then."""
         ...
 
     def abandon(self, handle: int, store: Store) -> None:

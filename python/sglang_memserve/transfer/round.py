@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum, auto
 
-from ..errors import TransferFailed
+from ..errors import LimitExceeded, TransferFailed
 from ..protocol.control import (
     KEY_BYTES,
     ErrorReply,
@@ -37,7 +37,7 @@ class Round:
     ``ending`` is set when it is over: COMPLETE when all it could fill is published. ``gaps`` are
     pages it was granted but does not fill: others on this rank do, or blocks ran out (``starved``).
     ``refused``: it ended by an ErrorReply to its lease request. ``outdated``: the source's memory
-    has changed since it was greeted.
+    has changed since it was greeted. ``postponed``: a bound of ours leaves no room to read it now.
     """
 
     def __init__(self, task: Task, port: Port, greeting: Greeting, first: int, stop: int) -> None:
@@ -47,6 +47,7 @@ class Round:
         self.ending: Ending | None = None
         self.refused = False
         self.outdated = False
+        self.postponed = False
         self.starved = False
         self.gaps: list[tuple[int, int]] = []
         self.fetched_pages = 0
@@ -202,6 +203,11 @@ class Round:
         local = self._task.pool.addresses([block for _, block in missing])
         try:
             self.read_handle = self._port.read(self._greeting.transport_name, remote, local)
+        except LimitExceeded as error:
+            self.refused = self.postponed = True
+            self.gaps = []
+            self.end(Ending(Outcome.LIMIT, str(error)))
+            return
         except TransferFailed as error:
             self._port.reconnect()
             self.end(Ending(Outcome.TRANSFER_FAILED, str(error)))

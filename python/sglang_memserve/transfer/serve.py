@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from ..config import Limits
 from ..errors import LeaseInvalid, LimitExceeded, MemServeError, ProtocolError
 from ..protocol import handshake
 from ..protocol.control import (
@@ -32,16 +33,8 @@ Answer = Callable[[Message], None]
 
 
 @dataclass(frozen=True, slots=True)
-class ServeLimits:
-    leases: int = 1024
-    parked: int = 256
-    keys: int = 65_536
-    wait_s: float = 120.0
-    ttl_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
 class _Grant:
+    owner: str
     lease: Lease
     end_s: float
 
@@ -70,7 +63,7 @@ def error_reply(error: MemServeError) -> ErrorReply:
 
 
 class LeaseServer:
-    def __init__(self, pool: Pool, hello: HelloReply, limits: ServeLimits) -> None:
+    def __init__(self, pool: Pool, hello: HelloReply, limits: Limits) -> None:
         self.counts = ServeCounts()
         self.limits = limits
         self._pool = pool
@@ -129,8 +122,8 @@ class LeaseServer:
         }
 
     def check(self) -> None:
-        assert len(self._grants) <= self.limits.leases
-        assert len(self._parked) <= self.limits.parked
+        assert len(self._grants) <= self.limits.max_leases
+        assert len(self._parked) <= self.limits.max_parked
         assert 0 not in self._grants
 
     def _greet(self, hello: Hello) -> HelloReply:
@@ -142,27 +135,30 @@ class LeaseServer:
         limits = self.limits
         if request.generation != self._hello.generation:
             raise LeaseInvalid(f"this is generation {self._hello.generation}")
-        if len(request.keys) > limits.keys:
-            raise LimitExceeded(f"lease of {len(request.keys)} pages, the limit is {limits.keys}")
-        # Written so that NaN is refused too.
-        if not (0 <= request.wait_s <= limits.wait_s and 0 < request.ttl_s <= limits.ttl_s):
+        if len(request.keys) > limits.max_pages_per_request:
+            text = f"lease of {len(request.keys)} pages, max_pages_per_request is"
+            raise LimitExceeded(f"{text} {limits.max_pages_per_request}")
+        # Written so that NaN is refused too. Who waits for longer asks again.
+        if not (0 <= request.wait_s < float("inf") and 0 < request.ttl_s <= limits.lease_ttl_s):
             raise LimitExceeded(
-                f"lease: wait {request.wait_s} s (at most {limits.wait_s:g}), "
-                f"life {request.ttl_s} s (at most {limits.ttl_s:g})"
+                f"lease: wait {request.wait_s} s, life {request.ttl_s} s, "
+                f"lease_ttl_s is {limits.lease_ttl_s:g}"
             )
+        wait_s = min(request.wait_s, limits.lease_wait_s)
         keys = [PageKey(key) for key in request.keys]
         wanted = _Parked(
             owner,
             keys,
             min(max(1, request.min_pages), len(keys)),
             request.ttl_s,
-            now + request.wait_s,
+            now + wait_s,
             answer,
         )
         if request.wait_s == 0 or self._pool.readable_pages(keys) >= wanted.min_pages:
             answer(self._grant(wanted, now))
-        elif len(self._parked) >= limits.parked:
-            raise LimitExceeded(f"{len(self._parked)} lease requests are waiting already")
+        elif len(self._parked) >= limits.max_parked:
+            text = f"{len(self._parked)} lease requests wait, max_parked is {limits.max_parked}"
+            raise LimitExceeded(text)
         else:
             self._parked.append(wanted)
 
@@ -179,24 +175,40 @@ class LeaseServer:
         return LeaseReply(0, [], [], self._hello.memory_version)
 
     def _grant(self, wanted: _Parked, now: float) -> LeaseReply:
-        if len(self._grants) >= self.limits.leases:
-            raise LimitExceeded(f"{len(self._grants)} leases are held by peers")
-        if not self._pool.readable_pages(wanted.keys):
+        keys = wanted.keys[: self._room_pages(wanted.owner)]
+        if not self._pool.readable_pages(keys):
             return self._nothing()
-        lease = self._pool.acquire(wanted.keys, owner=f"peer {wanted.owner}", ttl_s=wanted.ttl_s)
+        lease = self._pool.acquire(keys, owner=f"peer {wanted.owner}", ttl_s=wanted.ttl_s)
         if not lease.blocks:
             lease.release()
             return self._nothing()
         lease_id = 0
         while lease_id == 0 or lease_id in self._grants:
             lease_id = secrets.randbits(63)
-        self._grants[lease_id] = _Grant(lease, now + wanted.ttl_s)
+        self._grants[lease_id] = _Grant(wanted.owner, lease, now + wanted.ttl_s)
         self.counts.leases += 1
         self.counts.pages += len(lease.blocks)
         addresses = self._pool.addresses(lease.blocks)
         checksums = self._pool.checksums(lease.blocks)
         known = checksums if any(checksums) else []
         return LeaseReply(lease_id, addresses, known, self._hello.memory_version)
+
+    def _room_pages(self, owner: str) -> int:
+        """How many pages ``owner`` may lease now. Raises LimitExceeded when it may none."""
+        limits, size = self.limits, self._pool.block_bytes
+        held = [grant.lease for grant in self._grants.values() if grant.owner == owner]
+        if len(self._grants) >= limits.max_leases:
+            text = f"{len(self._grants)} leases are held, max_leases is {limits.max_leases}"
+            raise LimitExceeded(text)
+        if len(held) >= limits.max_leases_per_peer:
+            text = f"this peer holds {len(held)} leases, max_leases_per_peer is"
+            raise LimitExceeded(f"{text} {limits.max_leases_per_peer}")
+        leased_bytes = sum(len(lease.blocks) for lease in held) * size
+        room_bytes = limits.max_leased_bytes_per_peer - leased_bytes
+        if held and room_bytes < size:
+            text = f"this peer has leased {leased_bytes} bytes, max_leased_bytes_per_peer is"
+            raise LimitExceeded(f"{text} {limits.max_leased_bytes_per_peer}")
+        return max(1, room_bytes // size)
 
     def _release(self, request: ReleaseRequest) -> bool:
         """Of an unknown, expired or earlier lease: False, which is all a reader has to know."""

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ..config import Limits
 from ..errors import LimitExceeded, MemServeError, ProtocolError, TransferFailed
 from ..protocol.control import (
     FetchReply,
@@ -21,7 +22,7 @@ from ..protocol.control import (
     ReleaseRequest,
 )
 from .base import Pool, ReadState, Store, Transport
-from .grace import GraceLimits, GracePins
+from .grace import GracePins
 from .outcome import Ending, Outcome, ending_of
 from .peers import Link, Peer, PeerLimits, PeerTable
 from .port import FetchSettings, Greeting
@@ -29,19 +30,6 @@ from .state import Fetch
 from .verify import Verifier
 
 _ADDRESS = re.compile(r"tcp://[^\s/]+:[0-9]{1,5}")
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLimits:
-    """Bounds of one rank. Fetches beyond ``active`` wait, beyond ``queued`` they are refused."""
-
-    active: int = 8
-    queued: int = 64
-    keys: int = 65_536
-    deadline_s: float = 120.0
-    sources: int = 16
-    grace: GraceLimits = field(default_factory=GraceLimits)
-    peers: PeerLimits = field(default_factory=PeerLimits)
 
 
 @dataclass(slots=True)
@@ -56,6 +44,13 @@ class _Active:
     peers: Sequence[Peer | None]
     done: Callable[[FetchReply], None]
     requests: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    active: _Active
+    peer: Peer
+    blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +84,8 @@ class Sessions:
         *,
         verifier: Verifier,
         settings: FetchSettings,
-        limits: SessionLimits,
+        limits: Limits,
+        peer_limits: PeerLimits | None = None,
     ) -> None:
         self.counts = SessionCounts()
         self.limits = limits
@@ -97,13 +93,15 @@ class Sessions:
         self._transport = transport
         self._hello = hello
         self._settings = settings
-        self.peers = PeerTable(transport, hello, open_link, limits.peers, in_use=self._in_use)
+        self.peers = PeerTable(
+            transport, hello, open_link, peer_limits or PeerLimits(), in_use=self._in_use
+        )
         self._active: list[_Active] = []
         self._queue: deque[_Queued] = deque()
         self._requests: dict[int, tuple[_Active, int]] = {}
-        self._reads: dict[int, _Active] = {}
+        self._reads: dict[int, _Reading] = {}
         self._abandoned: dict[int, _Abandoned] = {}
-        self._grace = GracePins(limits.grace)
+        self._grace = GracePins(limits)
         self._verifier = verifier
         self._tickets: dict[int, _Active] = {}
         self._next_ticket = 1
@@ -123,10 +121,11 @@ class Sessions:
         Raises LimitExceeded beyond a bound, ProtocolError for numbers or an address that make no
         sense."""
         self._require_sane(request)
-        if len(self._active) >= self.limits.active:
-            if len(self._queue) >= self.limits.queued:
+        if len(self._active) >= self.limits.max_fetches:
+            if len(self._queue) >= self.limits.max_queued_fetches:
                 self.counts.refused += 1
-                raise LimitExceeded(f"{len(self._queue)} fetches are waiting already")
+                text = f"{len(self._queue)} fetches wait, max_queued_fetches is"
+                raise LimitExceeded(f"{text} {self.limits.max_queued_fetches}")
             self._queue.append(_Queued(request, now, done))
             return
         self._start(_Queued(request, now, done), now)
@@ -150,15 +149,15 @@ class Sessions:
             self._after(active, now)
 
     def poll_reads(self, now: float) -> None:
-        for handle, active in list(self._reads.items()):
+        for handle, reading in list(self._reads.items()):
             state = self._transport.poll(handle)
             if state is ReadState.RUNNING:
                 continue
             del self._reads[handle]
             if state is ReadState.FAILED:
                 self.counts.failed_reads += 1
-            active.fetch.on_read_ended(handle, state, now)
-            self._after(active, now)
+            reading.active.fetch.on_read_ended(handle, state, now)
+            self._after(reading.active, now)
 
     def take_verdicts(self, now: float) -> None:
         for ticket, damaged in self._verifier.take():
@@ -183,7 +182,7 @@ class Sessions:
 
     def wake_s(self, now: float) -> float:
         """When ``on_time`` has something to do, at the latest."""
-        if self._queue and len(self._active) < self.limits.active:
+        if self._queue and len(self._active) < self.limits.max_fetches:
             return now
         times = [self._grace.wake_s(), *(active.fetch.wake_s for active in self._active)]
         if self._abandoned:
@@ -226,11 +225,11 @@ class Sessions:
         }
 
     def check(self) -> None:
-        assert len(self._active) <= self.limits.active
-        assert len(self._queue) <= self.limits.queued
+        assert len(self._active) <= self.limits.max_fetches
+        assert len(self._queue) <= self.limits.max_queued_fetches
         self.peers.check()
         assert not self._reads.keys() & self._abandoned.keys()
-        assert all(active in self._active for active in self._reads.values())
+        assert all(reading.active in self._active for reading in self._reads.values())
         assert all(active in self._active for active, _ in self._requests.values())
         assert all(active in self._active for active in self._tickets.values())
         self._grace.check()
@@ -265,7 +264,7 @@ class Sessions:
         self._after(active, now)
 
     def _start_queued(self, now: float) -> None:
-        while self._queue and len(self._active) < self.limits.active:
+        while self._queue and len(self._active) < self.limits.max_fetches:
             self._start(self._queue.popleft(), now)
 
     def _after(self, active: _Active, now: float) -> None:
@@ -290,13 +289,14 @@ class Sessions:
         limits = self.limits
         if not (0 <= request.wait_s < float("inf") and 0 <= request.deadline_s < float("inf")):
             raise ProtocolError(f"fetch: wait {request.wait_s}, deadline {request.deadline_s}")
-        if request.deadline_s > limits.deadline_s:
-            text = f"deadline of {request.deadline_s} s, the limit is {limits.deadline_s:g} s"
-            raise LimitExceeded(text)
-        if len(request.keys) > limits.keys:
-            raise LimitExceeded(f"fetch of {len(request.keys)} pages, the limit is {limits.keys}")
-        if len(request.sources) > limits.sources:
-            text = f"fetch from {len(request.sources)} sources, the limit is {limits.sources}"
+        if request.deadline_s > limits.fetch_deadline_s:
+            text = f"deadline of {request.deadline_s} s, fetch_deadline_s is"
+            raise LimitExceeded(f"{text} {limits.fetch_deadline_s:g}")
+        if len(request.keys) > limits.max_pages_per_request:
+            text = f"fetch of {len(request.keys)} pages, max_pages_per_request is"
+            raise LimitExceeded(f"{text} {limits.max_pages_per_request}")
+        if len(request.sources) > limits.max_sources:
+            text = f"fetch from {len(request.sources)} sources, max_sources is {limits.max_sources}"
             raise LimitExceeded(text)
         for source in request.sources:
             if not _ADDRESS.fullmatch(source.peer_address):
@@ -312,6 +312,15 @@ class Sessions:
         return self.stalled(peer) or any(
             peer is used for active in self._active for used in active.peers
         )
+
+    def require_room(self, peer: Peer, blocks: int) -> None:
+        """Raises LimitExceeded when too much is being read from ``peer`` already. One read may
+        always run."""
+        size, limit = self._pool.block_bytes, self.limits.max_reading_bytes_per_peer
+        running = sum(r.blocks for r in self._reads.values() if r.peer is peer)
+        if running and (running + blocks) * size > limit:
+            text = f"{running * size} bytes are being read from {peer.address}"
+            raise LimitExceeded(f"{text}, max_reading_bytes_per_peer is {limit}")
 
     def stalled(self, peer: Peer) -> bool:
         """Whether a read from it was given up and has not ended. Nothing more is read from such a
@@ -353,8 +362,9 @@ class _FetchPort:
         if sessions.stalled(self.peer):
             raise TransferFailed(f"a read from {self.peer.address} that was given up still runs")
         assert self.active is not None
+        sessions.require_room(self.peer, len(local))
         handle = sessions._transport.read(name, remote, local, sessions._pool.block_bytes)
-        sessions._reads[handle] = self.active
+        sessions._reads[handle] = _Reading(self.active, self.peer, len(local))
         return handle
 
     def abandon(self, handle: int, store: Store) -> None:
