@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+from sglang_memserve.config import Limits
 from sglang_memserve.errors import MemServeError, NoInstance, PeerError, ProtocolError
 from sglang_memserve.protocol.http import FetchBody, FetchResult
 from sglang_memserve.types import InstanceId
@@ -39,7 +40,8 @@ class StepDeadlines:
     """Seconds. ``fetch_s``: for pages that exist already. ``prefill_s``: for P's computing, at
     most; a P that takes ``late_factor`` times what is predicted, and ``least_prefill_s`` more, is
     late. ``grace_s``: how long D's fetch may go on after P is done, at most; at least
-    ``least_grace_s``, and no longer than computing the rest is predicted to take."""
+    ``least_grace_s``, and no longer than computing the rest is predicted to take. ``most_fetch_s``:
+    what an instance lets one fetch last; a longer prefill takes several."""
 
     fetch_s: float = 10.0
     prefill_s: float = 300.0
@@ -47,6 +49,7 @@ class StepDeadlines:
     least_prefill_s: float = 5.0
     grace_s: float = 10.0
     least_grace_s: float = 0.5
+    most_fetch_s: float = Limits().fetch_deadline_s
 
 
 @dataclass(slots=True)
@@ -128,8 +131,9 @@ class Steps:
         result: Result,
     ) -> None:
         missing = _missing(keyed, holdings, target)
+        limit_s = min(self._deadlines.fetch_s, self._deadlines.most_fetch_s)
         answers = await asyncio.gather(
-            *(self._fetch(source, target, keyed, i, 0.0, self._deadlines.fetch_s) for i in missing),
+            *(self._fetch(source, target, keyed, i, 0.0, limit_s) for i in missing),
             return_exceptions=True,
         )
         readable = dict.fromkeys(range(len(keyed.chains)), 0)
@@ -188,9 +192,7 @@ class Steps:
         wait_s = self._prefill_s(keyed, holdings, prefill)
         missing = _missing(keyed, holdings, decode)
         fetches = {
-            asyncio.create_task(
-                self._fetch(prefill, decode, keyed, i, wait_s, wait_s + self._deadlines.grace_s)
-            ): i
+            asyncio.create_task(self._fetch_as_computed(prefill, decode, keyed, i, wait_s)): i
             for i in missing
         }
         compute = asyncio.create_task(
@@ -236,6 +238,29 @@ class Steps:
             self._failed("prefill", "prefill", error, result)
             return False
         return True
+
+    async def _fetch_as_computed(
+        self,
+        source: InstanceId,
+        target: InstanceId,
+        keyed: Keyed,
+        chain: int,
+        wait_s: float,
+    ) -> FetchResult:
+        """Pages that ``source`` computes within ``wait_s``, in as many fetches as that takes."""
+        deadlines = self._deadlines
+        grace_s = min(deadlines.grace_s, 0.5 * deadlines.most_fetch_s)
+        until = time.monotonic() + wait_s
+        total: FetchResult | None = None
+        while True:
+            started = time.monotonic()
+            left_s = max(0.0, until - started)
+            once_s = min(left_s, deadlines.most_fetch_s - grace_s)
+            part = await self._fetch(source, target, keyed, chain, once_s, once_s + grace_s)
+            total = part if total is None else _joined(total, part)
+            cut_short = once_s < left_s and time.monotonic() - started >= once_s
+            if not (cut_short and part.outcome in ("miss", "deadline")):
+                return total
 
     async def _compute(
         self,
@@ -319,6 +344,17 @@ class Steps:
         result.notes.append(f"{step} failed: {kind}")
         level = logging.INFO if isinstance(error, NoInstance) else logging.WARNING
         logger.log(level, "%s failed, decode computes instead: %s", what, error)
+
+
+def _joined(one: FetchResult, two: FetchResult) -> FetchResult:
+    """Two fetches of the same pages, one after the other."""
+    return msgspec.structs.replace(
+        two,
+        present_pages=one.present_pages,
+        fetched_pages=one.fetched_pages + two.fetched_pages,
+        fetched_bytes=one.fetched_bytes + two.fetched_bytes,
+        seconds=one.seconds + two.seconds,
+    )
 
 
 async def _until_settled(

@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from sglang_memserve.protocol.http import FetchResult
 from sglang_memserve.router.config import StaticInstance
 from sglang_memserve.router.steps import StepDeadlines
 from sglang_memserve.types import InstanceId, Role
@@ -115,6 +116,32 @@ def test_a_fetch_that_fails_frees_p_and_d_computes(handler: Handler) -> None:
             assert headers["x-memserve-cached-tokens"] == "0"
             [told] = await p.wait_for("/abort_request")
             assert told.json["rid"] == p.to("/generate")[0].json["rid"]
+
+    go(scenario())
+
+
+def test_a_prefill_that_lasts_longer_than_a_fetch_may_takes_several() -> None:
+    async def scenario() -> None:
+        async def until_fetched(asked: Asked, line: Line) -> None:
+            await d.wait_for("/memserve/fetch", 3)
+            await line.answer(generated(asked))
+
+        async def bit_by_bit(asked: Asked, line: Line) -> None:
+            so_far = len(d.to("/memserve/fetch"))
+            if so_far < 3:
+                await asyncio.sleep(asked.json["wait_s"])
+            outcome = "complete" if so_far == 3 else "deadline"
+            await line.answer(FetchResult(4, so_far, so_far + 1, 1, 128, 0.1, outcome))
+
+        p, d = Machine(Role.PREFILL, until_fetched), Machine(Role.DECODE, fetch=bit_by_bit)
+        bounded = StepDeadlines(grace_s=0.1, most_fetch_s=0.3, least_grace_s=5.0)
+        async with router_over(p, d, deadlines=bounded) as router:
+            headers = await served_by(router, d)
+            assert "fetched" not in headers["x-memserve-reason"], "not all pages came"
+            asked = [fetch.json for fetch in d.to("/memserve/fetch")]
+            assert [fetch["deadline_s"] for fetch in asked] == pytest.approx([0.3] * 3)
+            text = await router.metrics_with("memserve_kv_transfer_bytes_total{")
+            assert "384.0" in text
 
     go(scenario())
 
