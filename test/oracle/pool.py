@@ -176,6 +176,15 @@ class PoolOracle:
         for store in self.stores:
             store.flushed = True
 
+    def resize(self, total: int) -> bool:
+        """To ``total`` blocks, when no block is in the way. False: the pages do not fit."""
+        self.total = max(total, self.total)
+        self._make_room(self.total - total)
+        if self.free() < self.total - total:
+            return False
+        self.total = total
+        return True
+
     # -- how --
 
     def _touch(self, keys: Sequence[bytes]) -> None:

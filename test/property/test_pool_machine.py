@@ -29,7 +29,7 @@ from hypothesis.stateful import (
 from sglang_memserve.errors import LimitExceeded, OutOfBlocks
 from sglang_memserve.hashing import short_key
 from sglang_memserve.mempool import MemPool, PoolLease, PoolStore
-from sglang_memserve.types import BlockId, Eviction, Namespace, PageKey
+from sglang_memserve.types import BlockId, Eviction, Namespace, PageKey, ResizeOutcome
 
 
 def load_oracle() -> ModuleType:
@@ -45,6 +45,7 @@ def load_oracle() -> ModuleType:
 oracle = load_oracle()
 NAMESPACE = Namespace("model", "1", "bfloat16", 4, 2, 1, 2, 2, 0, 1)
 MAX_LEASES = 5
+MOST_BLOCKS = 20
 OWNERS = ("ann", "bob")
 
 
@@ -88,14 +89,20 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 100.0
 
-    @initialize(total=st.integers(1, 12), contents=st.lists(prefixes, max_size=8))
-    def start(self, total: int, contents: list[tuple[int, ...]]) -> None:
+    @initialize(
+        total=st.integers(1, 12),
+        slab=st.integers(1, 4),
+        contents=st.lists(prefixes, max_size=8),
+    )
+    def start(self, total: int, slab: int, contents: list[tuple[int, ...]]) -> None:
         self.wakes = 0
         self.readable_calls = 0
         self.pool = MemPool(
             NAMESPACE,
             arena_bytes=total * NAMESPACE.block_bytes,
             generation="g",
+            reserve_bytes=MOST_BLOCKS * NAMESPACE.block_bytes,
+            slab_bytes=slab * NAMESPACE.block_bytes,
             clock=lambda: self.now,
             max_leases=MAX_LEASES,
             eviction=Eviction.LRU,
@@ -106,6 +113,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.mirror: dict[int, int | None] = {}
         self.next_seq = 0
         self.promised: list[tuple[PoolLease, list[PageKey]]] = []
+        self.open_stores: list[PoolStore] = []
+        self.by_hand: set[BlockId] = set()
         # Most of what can go wrong happens in a pool that is full.
         for prefix in contents:
             self.store_at_once((chain_of(prefix), None))
@@ -135,6 +144,7 @@ class PoolMachine(RuleBasedStateMachine):
         store = self.pool.prepare_store(keys, parent=parent)
         expected = self.oracle.prepare(keys, parent)
         assert [position for position, _ in store.missing] == expected.missing
+        self.open_stores = [store, *(other for other in self.open_stores if not other.ended)]
         return store, expected
 
     @rule(request=requests)
@@ -185,16 +195,19 @@ class PoolMachine(RuleBasedStateMachine):
             assert not possible
             return multiple()
         assert possible and len(got) == count
+        self.by_hand.update(got)
         return got
 
     @rule(got=consumes(blocks))
     def free(self, got: list[BlockId]) -> None:
         self.pool.free_mem(got)
+        self.by_hand.difference_update(got)
         self.oracle.give_back(len(got))
 
     @rule(got=consumes(blocks), prefix=prefixes, parent=st.none() | prefixes.map(key_of))
     def insert(self, got: list[BlockId], prefix: tuple[int, ...], parent: PageKey | None) -> None:
         keys = chain_of(prefix)[: len(got)]
+        self.by_hand.difference_update(got)
         self.pool.free_mem(got[len(keys) :])
         self.oracle.give_back(len(got) - len(keys))
         self._write(keys, got[: len(keys)])
@@ -265,6 +278,35 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.clear()
         self.oracle.clear()
 
+    # -- size --
+
+    def in_the_way(self, first: int) -> bool:
+        """Whether a block from ``first`` on is leased or being filled."""
+        held = set(self.by_hand)
+        for lease, _ in self.promised:
+            held.update(lease.blocks if lease.valid() else ())
+        for store in self.open_stores:
+            if not store.ended:
+                held.update(block for _, block in store.missing)
+                held.update(store.held)
+        return any(block >= first for block in held)
+
+    @rule(total=st.integers(1, MOST_BLOCKS))
+    def resize(self, total: int) -> None:
+        self.oracle.expire()
+        goal, expected = total, ResizeOutcome.RESIZED
+        if total <= self.oracle.total:
+            gone = [slab for slab in self.pool.arena.slabs[1:] if slab.first >= total]
+            goal = gone[0].first if gone else self.oracle.total
+        if goal == self.oracle.total:
+            expected = ResizeOutcome.UNCHANGED
+        elif self.in_the_way(goal) or not self.oracle.resize(goal):
+            expected = ResizeOutcome.REFUSED
+        result = self.pool.resize(total * NAMESPACE.block_bytes)
+        assert result.outcome is expected, result
+        assert result.total_blocks == self.pool.total_blocks == self.oracle.total
+        assert bool(result.reason) == (expected is ResizeOutcome.REFUSED)
+
     @precondition(lambda self: hasattr(self, "pool"))
     @invariant()
     def agrees(self) -> None:
@@ -281,6 +323,7 @@ class PoolMachine(RuleBasedStateMachine):
     def _agrees_in_numbers(self) -> None:
         stats = self.pool.stats()
         expected = {
+            "total_blocks": self.oracle.total,
             "free_blocks": self.oracle.free(),
             "filling_blocks": self.oracle.filling(),
             "ready_blocks": len(self.oracle.pages),
