@@ -4,6 +4,8 @@ In dependency order:
 
 ``values``         what a decision is made of
 ``global_tree``    who holds which page
+``native_tree``    the same over the native core
+``merged_tree``    the one of the two that this machine runs
 ``cost``           what computing and moving take
 ``policy/``        where a request is prefilled and decoded
 ``config``         the command line

@@ -39,11 +39,11 @@ from .control import Control
 from .cost import CostModel
 from .dispatch import Dispatcher, Limits
 from .feed import Feed
-from .global_tree import GlobalTree
 from .instances import Instances
 from .introductions import Introductions
 from .live import LiveRequests
 from .members import Members
+from .merged_tree import merged_tree
 from .metrics import Metrics, TreeCollector
 from .passthrough import Passthrough
 from .policy.base import Rotation
@@ -95,7 +95,7 @@ async def _assemble(
     stack.push_async_callback(upstream.close)
     key = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     session = await stack.enter_async_context(aiohttp.ClientSession())
-    tree, metrics, costs, rotation = GlobalTree(), Metrics(), CostModel(), Rotation()
+    tree, metrics, costs, rotation = merged_tree(), Metrics(), CostModel(), Rotation()
     policy = make_policy(config.policy, rotation, costs, config.bypass_tokens)
     feed = Feed(tree, session, clock=time.monotonic, wall_clock=time.time, headers=key)
     stack.push_async_callback(feed.close)

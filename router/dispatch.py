@@ -21,11 +21,11 @@ from sglang_memserve.types import InstanceId
 from . import prompts, replies
 from .asgi import Broken, Client, ClientGone, read_body, until_gone
 from .cost import CostModel
-from .global_tree import GlobalTree
 from .headers import Verdict, to_instance
 from .instances import Instances
 from .live import Live, LiveRequests, new_rid
 from .member import Outcome
+from .merged_tree import MergedTree
 from .metrics import Funnel, Metrics
 from .models import ModelNames
 from .placement import Holdings, Keyed, decide, idlest_decode, key_prompts, look_up, opaque
@@ -90,7 +90,7 @@ class Dispatcher:
         self,
         *,
         instances: Instances,
-        tree: GlobalTree,
+        tree: MergedTree,
         policy: Policy,
         policy_name: str,
         rotation: Rotation,

@@ -40,7 +40,7 @@ from sglang_memserve.protocol.http import InstanceInfo
 from sglang_memserve.protocol.position import Position, Step
 from sglang_memserve.types import Generation, InstanceId
 
-from .global_tree import GlobalTree
+from .merged_tree import MergedTree
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Source:
     def __init__(
         self,
         info: InstanceInfo,
-        tree: GlobalTree,
+        tree: MergedTree,
         fetch_snapshot: Callable[[InstanceId], Awaitable[Snapshot]],
         *,
         clock: Callable[[], float],
@@ -234,7 +234,7 @@ class Feed:
 
     def __init__(
         self,
-        tree: GlobalTree,
+        tree: MergedTree,
         session: aiohttp.ClientSession,
         *,
         clock: Callable[[], float],

@@ -52,11 +52,11 @@ from .values import Match
 DEFAULT_MAX_PAGES = 16_000_000
 
 # Tiers as bits: a page's tiers in one instance are one small integer.
-_BIT = {Tier.HBM: 1, Tier.DRAM: 2}
-_HBM = _BIT[Tier.HBM]
-_ALL_TIERS = sum(_BIT.values())
+BITS = {Tier.HBM: 1, Tier.DRAM: 2}
+_HBM = BITS[Tier.HBM]
+_ALL_TIERS = sum(BITS.values())
 # SGLang leaves the medium out where there is only the device tier.
-_MEDIUM_BIT: dict[str | None, int] = {None: _HBM} | {tier.value: _BIT[tier] for tier in Tier}
+MEDIUM_BITS: dict[str | None, int] = {None: _HBM} | {tier.value: BITS[tier] for tier in Tier}
 
 _Holders = Mapping[InstanceId, int]
 
@@ -146,7 +146,7 @@ class GlobalTree:
         if isinstance(event, AllBlocksCleared):
             self._clear(instance)
             return
-        bit = _MEDIUM_BIT.get(event.medium)
+        bit = MEDIUM_BITS.get(event.medium)
         if bit is None:
             self._ignored_events += 1
         elif isinstance(event, BlockStored):
@@ -175,7 +175,7 @@ class GlobalTree:
         block_size = self._block_size.get(instance, 0)
         events: list[Event] = []
         for node in self._parents_first(instance):
-            for tier, bit in _BIT.items():
+            for tier, bit in BITS.items():
                 if node.holders[instance] & bit:
                     events.append(
                         BlockStored(
@@ -271,7 +271,7 @@ class GlobalTree:
             node = self._split(node, start)[1]
         if count < len(node.keys):
             node = self._split(node, count)[0]
-        for tier, bit in _BIT.items():
+        for tier, bit in BITS.items():
             self._pages[instance][tier] += count * (bool(after & bit) - bool(before & bit))
         holders = {i: tiers for i, tiers in node.holders.items() if i != instance}
         if after:
@@ -300,7 +300,7 @@ class GlobalTree:
         self._where.update(dict.fromkeys(keys, node))
         self._nodes += 1
         self._held[instance][node] = None
-        for tier, tier_bit in _BIT.items():
+        for tier, tier_bit in BITS.items():
             self._pages[instance][tier] += len(keys) * (tier_bit == bit)
         first, last = keys[0], keys[-1]  # the node owns and cuts the list
         if not self._children.keys().isdisjoint(keys):
@@ -430,7 +430,7 @@ class GlobalTree:
             self._check_node(node)
             for instance, tiers in node.holders.items():
                 counts = counted.setdefault(instance, dict.fromkeys(Tier, 0))
-                for tier, bit in _BIT.items():
+                for tier, bit in BITS.items():
                     counts[tier] += len(node.keys) * bool(tiers & bit)
         for instance, pages in self._pages.items():
             assert pages == counted.get(instance, dict.fromkeys(Tier, 0)), instance
@@ -489,8 +489,9 @@ def _backward(run: list[ShortKey], position: int, keys: list[ShortKey], at: int)
     return count
 
 
+def tiers_of_bits(bits: int) -> frozenset[Tier]:
+    return frozenset(tier for tier, bit in BITS.items() if bits & bit)
+
+
 def _tiers(holders: _Holders) -> dict[InstanceId, frozenset[Tier]]:
-    return {
-        instance: frozenset(tier for tier, bit in _BIT.items() if tiers & bit)
-        for instance, tiers in holders.items()
-    }
+    return {instance: tiers_of_bits(tiers) for instance, tiers in holders.items()}

@@ -17,9 +17,9 @@ from starlette.responses import Response
 
 from . import replies
 from .asgi import read_json
-from .global_tree import GlobalTree
 from .instances import Instances
 from .member import MemberStatus
+from .merged_tree import MergedTree
 from .replies import as_response, json_response
 
 MAX_DUMPED_NODES = 10_000
@@ -34,7 +34,7 @@ class Members:
 
     instances: Instances
     source_states: SourceStates
-    tree: GlobalTree
+    tree: MergedTree
     max_body_bytes: int
 
     # -- membership: instances' own words --

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from sglang_memserve.protocol.http import FetchResult
 from sglang_memserve.types import Tier
 
-from .global_tree import GlobalTree
+from .merged_tree import MergedTree
 
 SourceStates = Callable[[], Mapping[str, str]]
 """Instance to the state of its event stream."""
@@ -170,7 +170,7 @@ def short_reason(text: str) -> str:
 class TreeCollector(Collector):
     """Reads the tree's and the sources' state when asked, so that nothing has to be kept."""
 
-    def __init__(self, tree: GlobalTree, sources: SourceStates) -> None:
+    def __init__(self, tree: MergedTree, sources: SourceStates) -> None:
         self._tree = tree
         self._sources = sources
 

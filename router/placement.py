@@ -13,8 +13,8 @@ from sglang_memserve.errors import NoInstance
 from sglang_memserve.hashing import namespace_seed, page_keys, short_key
 from sglang_memserve.types import InstanceId, PageKey, ShortKey, Tier
 
-from .global_tree import GlobalTree
 from .instances import Instances
+from .merged_tree import MergedTree
 from .policy.base import Policy, decode_candidates
 from .values import InstanceView, Match, Plan, Prompt
 
@@ -91,7 +91,7 @@ def opaque(page_size: int) -> Keyed:
     return Keyed((), page_size, 0, 0)
 
 
-def look_up(tree: GlobalTree, keyed: Keyed) -> Holdings:
+def look_up(tree: MergedTree, keyed: Keyed) -> Holdings:
     by_chain = tuple(tree.match(chain.short) for chain in keyed.chains)
     if len(by_chain) == 1:
         return Holdings(by_chain, by_chain[0])

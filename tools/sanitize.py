@@ -1,4 +1,4 @@
-"""Run the contract tests of the native code under AddressSanitizer and UBSan.
+"""Run the tests of the native code under AddressSanitizer and UBSan.
 
 Builds sgl-kernel-ext once more, under ``build/sanitized``, and puts that before the installed one.
 What Python itself never frees is not ours to report, so leaks are not looked for.
@@ -13,7 +13,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "sanitized"
-TESTS = ["test/contract/test_kernels.py"]
+TESTS = [
+    "test/contract/test_kernels.py",
+    "test/contract/test_merged_tree.py",
+    "test/property/test_global_tree.py",
+]
 
 
 def runtime(compiler: str) -> str:

@@ -23,6 +23,49 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class RadixTreeCore(Protocol):
+    """The native radix tree. Instances are numbers; tiers are bits, 1 for HBM and 2 for DRAM. Page
+    keys are signed 64-bit integers; others raise ValueError. One thread's at a time."""
+
+    def match(self, keys: Sequence[int]) -> list[tuple[int, int, int]]:
+        """(instance, leading pages, of them in HBM) for each that holds the first page."""
+
+    def store(self, instance: int, keys: Sequence[int], parent: int | None, tier: int) -> int:
+        """0 when done; else why not, and nothing is changed: 1 a page is named twice, 2 the parent
+        is one of the pages, 3 the tree is full."""
+
+    def remove(self, instance: int, keys: Sequence[int], tier: int) -> None: ...
+
+    def clear(self, instance: int) -> None: ...
+
+    def dump(self, instance: int) -> list[tuple[list[int], int | None, int]]:
+        """(keys, parent, tiers) of each run the instance holds, parents first."""
+
+    def node_at(self, place: int) -> tuple[list[int], int | None, list[tuple[int, int]]] | None:
+        """(keys, parent, [(instance, tiers)]) for ``0 <= place < capacity``; None: a free place."""
+
+    def holders(self, key: int) -> list[tuple[int, int]]:
+        """(instance, tiers)"""
+
+    def counts(self, instance: int) -> tuple[int, int]:
+        """Pages in HBM and in DRAM."""
+
+    def check(self) -> str | None:
+        """The first broken invariant, in words."""
+
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def nodes(self) -> int: ...
+
+    @property
+    def pages(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Native(Protocol):
     """What ``sgl_kernel_ext.ops`` offers; see there for shapes, units and errors."""
 
@@ -42,6 +85,8 @@ class Native(Protocol):
     def page_keys(
         self, tokens: Sequence[int], page_size: int, seed: bytes = b""
     ) -> list[bytes]: ...
+
+    def radix_tree(self, max_pages: int, position_limit: int = ...) -> RadixTreeCore: ...
 
 
 @functools.cache

@@ -6,10 +6,11 @@
 #include <string>
 #include <vector>
 
+#include "integers.h"
 #include "memserve/cpu.h"
 #include "memserve/rows.h"
 #include "memserve/sha256.h"
-#include "tokens.h"
+#include "tree_module.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -101,6 +102,7 @@ nb::dict cpu_features() {
 
 NB_MODULE(_native, module) {
     module.def("cpu_features", &cpu_features);
+    bind_radix_tree(module);
     module.def("page_keys", &page_keys, "tokens"_a.none(), "page_size"_a, "seed"_a, "sha"_a);
     module.def("copy_rows", &copy_rows, "to_pointers"_a.noconvert(), "to_strides"_a.noconvert(),
                "from_pointers"_a.noconvert(), "from_strides"_a.noconvert(),

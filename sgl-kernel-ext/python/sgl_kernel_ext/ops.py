@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from . import reference
 from .tables import RowTable, Sha, Store
+
+if TYPE_CHECKING:
+    from ._native import RadixTree
 
 SWITCH = "MEMSERVE_NATIVE"
 
@@ -109,3 +113,15 @@ def page_keys(
     if not NATIVE:
         return reference.page_keys(tokens, page_size, seed, sha)
     return _native.page_keys(tokens, page_size, seed, sha)
+
+
+def radix_tree(max_pages: int, position_limit: int = 1 << 30) -> RadixTree:
+    """An empty merged tree of at most ``max_pages`` pages. Its oracle is the router's
+    ``global_tree.GlobalTree``, which also takes its place where there are no native ops.
+
+    ``position_limit`` is for tests: how far positions in a run may drift before they are numbered
+    anew. Raises RuntimeError where there are no native ops, ValueError for impossible sizes.
+    """
+    if not NATIVE:
+        raise RuntimeError(f"no native radix tree: {WHY_NOT_NATIVE}")
+    return _native.RadixTree(max_pages, position_limit)

@@ -1,16 +1,25 @@
-"""The merged tree's contract, one sentence a test."""
+"""The merged tree's contract, one sentence a test, for every kind of tree."""
 
 from __future__ import annotations
 
 import pytest
+from contract.trees import TREES, MakeTree
 from sglang_memserve.errors import LimitExceeded, ProtocolError
 from sglang_memserve.protocol.events import AllBlocksCleared, BlockRemoved, BlockStored
+from sglang_memserve.router import merged_tree
 from sglang_memserve.router.global_tree import GlobalTree
+from sglang_memserve.router.native_tree import NativeTree
 from sglang_memserve.router.values import Match
 from sglang_memserve.types import InstanceId, ShortKey, Tier
 
 A, B = InstanceId("http://a:1"), InstanceId("http://b:1")
 DRAM, HBM = Tier.DRAM.value, Tier.HBM.value
+
+
+@pytest.fixture(params=TREES.values(), ids=list(TREES))
+def make(request: pytest.FixtureRequest) -> MakeTree:
+    chosen: MakeTree = request.param
+    return chosen
 
 
 def stored(hashes: list[int], parent: int | None = None, medium: str | None = DRAM) -> BlockStored:
@@ -21,15 +30,15 @@ def keys(*numbers: int) -> list[ShortKey]:
     return [ShortKey(number) for number in numbers]
 
 
-def test_an_empty_tree_and_an_empty_prompt_match_nothing() -> None:
-    tree = GlobalTree()
+def test_an_empty_tree_and_an_empty_prompt_match_nothing(make: MakeTree) -> None:
+    tree = make()
     assert tree.match(keys(1, 2)) == {}
     tree.apply(A, stored([1, 2]))
     assert tree.match([]) == {}
 
 
-def test_leading_pages_are_counted_by_tier() -> None:
-    tree = GlobalTree()
+def test_leading_pages_are_counted_by_tier(make: MakeTree) -> None:
+    tree = make()
     tree.apply(A, stored([1, 2, 3, 4]))
     tree.apply(A, stored([1, 2], medium=HBM))
     tree.apply(B, stored([1, 2, 3], medium=HBM))
@@ -37,8 +46,8 @@ def test_leading_pages_are_counted_by_tier() -> None:
     assert tree.match(keys(2, 3)) == {A: Match(2, 1), B: Match(2, 2)}
 
 
-def test_a_chain_with_equal_holders_is_one_node() -> None:
-    tree = GlobalTree()
+def test_a_chain_with_equal_holders_is_one_node(make: MakeTree) -> None:
+    tree = make()
     for page in range(100):
         tree.apply(A, stored([page], page - 1 if page else None))
     assert tree.stats().nodes == 1
@@ -49,8 +58,8 @@ def test_a_chain_with_equal_holders_is_one_node() -> None:
     tree.check()
 
 
-def test_a_lost_page_hides_what_is_below_it_until_it_is_back() -> None:
-    tree = GlobalTree()
+def test_a_lost_page_hides_what_is_below_it_until_it_is_back(make: MakeTree) -> None:
+    tree = make()
     tree.apply(A, stored([1, 2, 3, 4]))
     tree.apply(A, BlockRemoved([2], DRAM))
     assert tree.match(keys(1, 2, 3, 4)) == {A: Match(1)}
@@ -61,8 +70,8 @@ def test_a_lost_page_hides_what_is_below_it_until_it_is_back() -> None:
     tree.check()
 
 
-def test_a_chain_may_come_before_its_parent() -> None:
-    tree = GlobalTree()
+def test_a_chain_may_come_before_its_parent(make: MakeTree) -> None:
+    tree = make()
     tree.apply(A, stored([3, 4], 2))
     tree.apply(A, stored([5], 1))
     tree.apply(A, stored([1, 2]))
@@ -72,8 +81,8 @@ def test_a_chain_may_come_before_its_parent() -> None:
     assert sorted(view.keys for view in tree.nodes()) == [(1,), (2, 3, 4), (5,)]
 
 
-def test_a_page_leaves_with_its_last_tier() -> None:
-    tree = GlobalTree()
+def test_a_page_leaves_with_its_last_tier(make: MakeTree) -> None:
+    tree = make()
     tree.apply(A, stored([1, 2]))
     tree.apply(A, stored([1, 2], medium=HBM))
     tree.apply(A, BlockRemoved([2, 1], HBM))
@@ -83,8 +92,8 @@ def test_a_page_leaves_with_its_last_tier() -> None:
     assert tree.stats().pages == 0
 
 
-def test_a_missing_medium_is_the_device_and_unknown_media_are_ignored() -> None:
-    tree = GlobalTree()
+def test_a_missing_medium_is_the_device_and_unknown_media_are_ignored(make: MakeTree) -> None:
+    tree = make()
     tree.apply(A, stored([1], medium=None))
     tree.apply(A, stored([2], 1, medium="DISK"))
     tree.apply(A, BlockRemoved([1], "DISK"))
@@ -94,8 +103,8 @@ def test_a_missing_medium_is_the_device_and_unknown_media_are_ignored() -> None:
     assert tree.stats().pages == 0
 
 
-def test_clear_and_drop_leave_the_others_alone() -> None:
-    tree = GlobalTree()
+def test_clear_and_drop_leave_the_others_alone(make: MakeTree) -> None:
+    tree = make()
     tree.apply(A, stored([1, 2, 3]))
     tree.apply(B, stored([1, 2]))
     tree.apply(A, AllBlocksCleared())
@@ -107,8 +116,8 @@ def test_clear_and_drop_leave_the_others_alone() -> None:
     tree.check()
 
 
-def test_a_dump_names_parents_first_and_rebuilds_the_tree() -> None:
-    tree = GlobalTree()
+def test_a_dump_names_parents_first_and_rebuilds_the_tree(make: MakeTree) -> None:
+    tree = make()
     tree.apply(A, stored([5, 6], 2))
     tree.apply(A, stored([1, 2, 3]))
     events = tree.dump(A)
@@ -118,15 +127,15 @@ def test_a_dump_names_parents_first_and_rebuilds_the_tree() -> None:
         assert event.block_size == 16
         assert event.parent_block_hash is None or event.parent_block_hash in seen
         seen.update(event.block_hashes)
-    other = GlobalTree()
+    other = make()
     other.replace(B, [stored([9])])
     other.replace(B, events)
     assert other.match(keys(1, 2, 5, 6)) == {B: Match(4)}
     assert other.match(keys(9)) == {}
 
 
-def test_malformed_chains_are_refused_and_change_nothing() -> None:
-    tree = GlobalTree(max_pages=4)
+def test_malformed_chains_are_refused_and_change_nothing(make: MakeTree) -> None:
+    tree = make(max_pages=4)
     tree.apply(A, stored([1, 2]))
     with pytest.raises(ProtocolError, match="twice"):
         tree.apply(A, stored([3, 4, 3]))
@@ -139,8 +148,8 @@ def test_malformed_chains_are_refused_and_change_nothing() -> None:
     tree.check()
 
 
-def test_a_ring_of_parents_is_survived() -> None:
-    tree = GlobalTree()
+def test_a_ring_of_parents_is_survived(make: MakeTree) -> None:
+    tree = make()
     tree.apply(A, stored([2], 1))
     tree.apply(A, stored([1], 2))
     tree.apply(A, stored([3], 1))
@@ -152,9 +161,54 @@ def test_a_ring_of_parents_is_survived() -> None:
     assert tree.stats().nodes == 0
 
 
-def test_holders_of_one_page() -> None:
-    tree = GlobalTree()
+def test_holders_of_one_page(make: MakeTree) -> None:
+    tree = make()
     tree.apply(A, stored([1]))
     tree.apply(A, stored([1], medium=HBM))
     assert tree.holders(ShortKey(1)) == {A: frozenset(Tier)}
     assert tree.holders(ShortKey(2)) == {}
+
+
+@pytest.mark.parametrize("wrong", [2**63, -(2**63) - 1, 2**64])
+def test_a_key_beyond_64_bits_is_refused(wrong: int) -> None:
+    if "native" not in TREES:
+        pytest.skip("the tree in Python takes any integer")
+    tree = TREES["native"]()
+    for event in (stored([1, wrong]), stored([1], wrong), BlockRemoved([wrong], DRAM)):
+        tree.apply(A, stored([5]))
+        with pytest.raises(ProtocolError):
+            tree.apply(A, event)
+    assert tree.stats().pages == 1
+    tree.check()
+
+
+def test_more_instances_than_bits_in_a_word(make: MakeTree) -> None:
+    tree = make()
+    hosts = [InstanceId(f"http://h{number}:1") for number in range(150)]
+    for number, host in enumerate(hosts):
+        tree.apply(host, stored(list(range(1 + number % 7)), medium=HBM if number % 2 else DRAM))
+    expected = {
+        host: Match(1 + number % 7, 1 + number % 7 if number % 2 else 0)
+        for number, host in enumerate(hosts)
+    }
+    assert tree.match(keys(*range(7))) == expected
+    for host in hosts[10:140]:
+        tree.drop(host)
+    tree.check()
+    for host in hosts[10:140]:
+        assert tree.dump(host) == []
+        del expected[host]
+    assert tree.match(keys(*range(7))) == expected
+    newcomer = InstanceId("http://new:1")
+    tree.apply(newcomer, stored([0], medium=HBM))
+    assert tree.match(keys(0))[newcomer] == Match(1, 1)
+    assert tree.holders(ShortKey(0))[newcomer] == frozenset({Tier.HBM})
+    tree.check()
+
+
+def test_the_router_runs_the_native_tree_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert isinstance(merged_tree.merged_tree(), NativeTree) == ("native" in TREES)
+    monkeypatch.setattr(merged_tree, "native", lambda: None)
+    assert isinstance(merged_tree.merged_tree(), GlobalTree)

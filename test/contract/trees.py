@@ -1,0 +1,24 @@
+"""Every kind of merged tree, for the suites that all of them must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sglang_memserve.kernels import native
+from sglang_memserve.router.global_tree import DEFAULT_MAX_PAGES, GlobalTree
+from sglang_memserve.router.merged_tree import MergedTree
+from sglang_memserve.router.native_tree import NativeTree
+
+MakeTree = Callable[..., MergedTree]
+
+
+def native_tree(max_pages: int = DEFAULT_MAX_PAGES) -> NativeTree:
+    """With positions that are numbered anew every few changes, as after years of them."""
+    ops = native()
+    assert ops is not None
+    return NativeTree(ops.radix_tree(max_pages, position_limit=7), max_pages)
+
+
+TREES: dict[str, MakeTree] = {"python": GlobalTree}
+if native() is not None:
+    TREES["native"] = native_tree
