@@ -29,6 +29,7 @@ BENCHMARKS = (
     ("micro/kernels.py", "micro-kernels.json"),
     ("micro/pool.py", "micro-pool.json"),
     ("micro/global_tree.py", "micro-global-tree.json"),
+    ("micro/copies.py", "micro-copies.json"),
     ("micro/transfer.py", "micro-transfer.json"),
     ("micro/first_fetch.py", "micro-first-fetch.json"),
     ("micro/router_overhead.py", "micro-router-overhead.json"),
