@@ -35,6 +35,7 @@ BENCHMARKS = (
     ("micro/router_overhead.py", "micro-router-overhead.json"),
     ("serving/moved_prefix.py", "serving-moved-prefix.json"),
     ("serving/pipelined_fetch.py", "serving-pipelined-fetch.json"),
+    ("serving/scheduler_share.py", "serving-scheduler-share.json"),
     ("serving/cost_of_memserve.py", "serving-cost-of-memserve.json"),
 )
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import zmq
@@ -25,6 +27,8 @@ from sglang_memserve.protocol.control import (
 )
 from sglang_memserve.transfer.agent import RankAgent
 from sglang_memserve.transfer.base import Transport
+from sglang_memserve.transfer.nixl import NixlTransport
+from sglang_memserve.transfer.offer import Offers
 from sglang_memserve.transfer.port import FetchSettings
 from sglang_memserve.types import Checksums, Namespace, PageKey
 
@@ -75,6 +79,7 @@ class Rank:
         limits: Limits | None = None,
         settings: FetchSettings | None = None,
         checksums: Checksums = Checksums.OFF,
+        offers: Offers = Offers.REFUSED,
     ) -> None:
         self.generation = f"g-{secrets.token_hex(6)}"
         self.path = folder / f"{self.generation}.sock"
@@ -95,6 +100,7 @@ class Rank:
             local_path=self.path,
             settings=settings,
             limits=limits,
+            offers=offers,
         )
         self.agent.start()
 
@@ -170,3 +176,15 @@ class Asker:
         self.socket.send_multipart([request_id, encode(message)])
         while self.socket.recv_multipart()[0] != request_id:
             pass
+
+
+def receive_offers(pipe: Connection) -> None:
+    """A process of its own: takes one offer and says whether all its pages arrived."""
+    with tempfile.TemporaryDirectory(prefix="ms-") as folder:
+        rank = Rank(Path(folder), NixlTransport, offers=Offers.TAKEN)
+        pipe.send(rank.agent.peer_address)
+        if pipe.poll(LIMIT_S):
+            pages = pipe.recv()
+            pipe.send(holds(rank.pool, KEYS[:pages]))
+            pipe.poll(LIMIT_S)
+        rank.close()

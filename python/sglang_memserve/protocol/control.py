@@ -7,6 +7,7 @@ request id (8 bytes, chosen by the asker, echoed in the answer) and one msgpack 
     Hello -> HelloReply          once per peer and generation: namespaces are compared here
     LeaseRequest -> LeaseReply   pin pages and learn where they lie; may wait for pages to appear
     ReleaseRequest -> ReleaseReply   end the lease and learn whether it was valid all along
+    OfferRequest -> FetchReply   fetch from the asker; only by ranks that take offers
 ``local`` socket (ipc, this machine's user only), the instance's HTTP process:
     FetchRequest -> FetchReply   make pages of peers our own
     ResizeRequest -> ResizeReply   grow or shrink the DRAM pool
@@ -124,6 +125,16 @@ class FetchRequest(_Message, frozen=True):
         return cls([Source(peer_id, peer_address)], keys, wait_s, deadline_s)
 
 
+class OfferRequest(_Message, frozen=True):
+    """The asker, whose ``peer`` socket is ``peer_address``, would like the receiver to fetch
+    ``keys`` from it, with this deadline: as a FetchRequest of the receiver's own."""
+
+    peer_id: str
+    peer_address: str
+    keys: list[bytes]
+    deadline_s: float
+
+
 class SourceReply(msgspec.Struct, frozen=True):
     """``fetched_pages``: moved from this source, in place of another one too. ``outcome``:
     ``complete``, or why it did not give all that was asked of it; ``detail`` explains that."""
@@ -239,6 +250,7 @@ Message = (
     | ReleaseRequest
     | ReleaseReply
     | FetchRequest
+    | OfferRequest
     | FetchReply
     | ResizeRequest
     | ResizeReply
@@ -269,7 +281,7 @@ def decode(data: bytes) -> Message:
         message = _decoder.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProtocolError(f"control message: {error}") from error
-    if isinstance(message, LeaseRequest | FetchRequest):
+    if isinstance(message, LeaseRequest | FetchRequest | OfferRequest):
         for key in message.keys:
             if len(key) != KEY_BYTES:
                 raise ProtocolError(f"page key of {len(key)} bytes, expected {KEY_BYTES}")

@@ -19,7 +19,8 @@
 ``session``   the reader's side: the fetches of a rank, reads that were given up
 ``resizer``   changes of the pool's size, with the network told of them
 ``sockets``   the ZMQ sockets of a rank, as messages in and out
+``client``    the HTTP process's end of a rank's local socket
+``offer``     asks another rank to fetch from us
 ``loop``      what the agent's thread does, turn by turn
 ``agent``     the thread of a rank that owns all of it
-``client``    the HTTP process's end of a rank's local socket
 """

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
@@ -22,10 +22,11 @@ from types import TracebackType
 from ..config import Limits
 from ..errors import ConfigError, LimitExceeded, MemServeError, PeerUnreachable
 from ..protocol.control import FetchReply, FetchRequest
-from ..types import Namespace
+from ..types import Namespace, PageKey
 from .base import Pool, Transport
 from .loop import AgentConfig, AgentLoop, Submission
 from .members import MembershipLimits
+from .offer import Offers, offer
 from .port import FetchSettings
 from .sockets import Wake
 
@@ -60,6 +61,7 @@ class RankAgent:
         limits: Limits | None = None,
         membership_limits: MembershipLimits | None = None,
         more_stats: Callable[[], Mapping[str, float]] = dict,
+        offers: Offers = Offers.REFUSED,
     ) -> None:
         if host in _WILDCARDS and advertise_host is None:
             raise ConfigError(f"host {host!r} is no address for others: name one to advertise")
@@ -77,6 +79,7 @@ class RankAgent:
             limits=limits or Limits(),
             members=membership_limits or MembershipLimits(),
             more_stats=more_stats,
+            offers=offers,
         )
         self._pool = pool
         self._transport = transport
@@ -141,6 +144,20 @@ class RankAgent:
         self._submissions.append(Submission(request, future))
         self._wake.set()
         return future
+
+    def transfer_with_insert(
+        self, receiver: str, keys: Sequence[PageKey], deadline_s: float
+    ) -> FetchReply:
+        """Have another rank make our pages ``keys`` (a whole prefix) its own: the paper's verb.
+
+        ``receiver``: its ``peer_address``. Blocks; see ``offer.offer``."""
+        return offer(
+            receiver,
+            peer_id=self._config.instance_id,
+            peer_address=self.peer_address,
+            keys=keys,
+            deadline_s=deadline_s,
+        )
 
     def _main(self) -> None:
         try:

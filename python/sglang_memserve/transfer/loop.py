@@ -28,6 +28,7 @@ from ..protocol.control import (
     InfoReply,
     InfoRequest,
     Message,
+    OfferRequest,
     PeersRequest,
     ResizeRequest,
     SnapshotReply,
@@ -38,6 +39,7 @@ from ..protocol.control import (
 from ..types import Namespace, Region
 from .base import Pool, Transport
 from .members import Membership, MembershipLimits
+from .offer import Offers
 from .port import FetchSettings
 from .resizer import Resizer
 from .serve import LeaseServer, error_reply
@@ -72,6 +74,7 @@ class AgentConfig:
     limits: Limits
     members: MembershipLimits
     more_stats: Callable[[], Mapping[str, float]] = dict
+    offers: Offers = Offers.REFUSED
 
 
 class Submission(NamedTuple):
@@ -287,7 +290,7 @@ class AgentLoop:
         answer = partial(server.send, route)
         try:
             if server is self._peer_server:
-                self.server.handle(route.asker.hex(), message, now, answer)
+                self._on_peer(message, now, route)
             else:
                 self._on_local(message, now, route)
         except MemServeError as error:
@@ -296,6 +299,20 @@ class AgentLoop:
             self._counts.internal_errors += 1
             log.exception("agent of rank %d: %s", self._config.rank, type(message).__name__)
             answer(ErrorReply("MemServeError", f"internal error: {type(error).__name__}: {error}"))
+
+    def _on_peer(self, message: Message, now: float, route: Route) -> None:
+        answer = partial(self._peer_server.send, route)
+        if not isinstance(message, OfferRequest):
+            self.server.handle(route.asker.hex(), message, now, answer)
+            return
+        if self._config.offers is Offers.REFUSED:
+            raise ProtocolError(
+                f"{self._config.instance_id} takes no offers: it fetches what its own side asks for"
+            )
+        wanted = FetchRequest.of(
+            message.peer_id, message.peer_address, message.keys, 0.0, message.deadline_s
+        )
+        self.sessions.submit(wanted, now, answer)
 
     def _on_local(self, message: Message, now: float, route: Route) -> None:
         answer = partial(self._local_server.send, route)
