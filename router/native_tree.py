@@ -1,4 +1,4 @@
-"""The merged tree over the native core: the same tree as ``global_tree``, some ten times faster.
+"""The merged tree over the native core: the same tree as ``global_tree``, several times faster.
 
 The core knows instances by small numbers, given out here, and tiers by their bits; everything else,
 the rules included, is as ``global_tree`` tells it. Both pass the same tests.

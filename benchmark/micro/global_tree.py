@@ -1,142 +1,153 @@
-"""Speed and memory of the router's merged tree. Prints one JSON object.
+"""The router's merged tree, native and in Python, on the same events. Writes one JSON object.
 
-    python benchmark/micro/global_tree.py [--prompts 200] [--pages 512] [--shared 64]
+    python benchmark/micro/global_tree.py [--pages 1000000] [--instances 64] [--json FILE]
 
-``runs``: prompts that share their beginning, held whole by one instance and in part by another.
-``singles``: the worst case, a page held by another set of instances than its neighbours are.
-Times are medians in microseconds.
+Prompts of 512 pages that share their first 64; each is held by one to three instances. ``apply``:
+millions of pages a second out of ``BlockStored`` events of so many pages, and the longest single
+event (the table grows in it). ``match``: microseconds for a prompt of 512 pages whose keys were
+just made, as a request's are. ``bytes_per_page``: what building the tree added to the process; the
+tree in Python also keeps the events' integers, 32 bytes each, which are here already. Times are of
+this thread alone (``thread_time``), since others share the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
-import os
-import platform
+import multiprocessing
 import random
 import statistics
 import time
-import tracemalloc
-from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
-from sglang_memserve.protocol.events import (
-    BlockRemoved,
-    BlockStored,
-    EventBatch,
-    decode_frames,
-    encode_frames,
-)
+import psutil
+from sglang_memserve.kernels import native
+from sglang_memserve.protocol.events import BlockRemoved, BlockStored
 from sglang_memserve.router.global_tree import GlobalTree
+from sglang_memserve.router.merged_tree import MergedTree, merged_tree
 from sglang_memserve.types import InstanceId, ShortKey, Tier
 
-HOSTS = [InstanceId(f"http://host{number}:30000") for number in range(4)]
+from benchmark.harness import report
+
+PROMPT, SHARED = 512, 64
 DRAM = Tier.DRAM.value
 
 
-def stored(keys: list[int], parent: int | None = None) -> BlockStored:
-    """As it comes off the wire: with integers of its own."""
-    event = BlockStored(keys, parent, [], 16, medium=DRAM)
-    decoded = decode_frames(encode_frames(0, EventBatch(0.0, [event])))[1].events[0]
-    assert isinstance(decoded, BlockStored)
-    return decoded
+@dataclass(frozen=True)
+class Work:
+    chains: list[list[int]]
+    events: list[tuple[InstanceId, BlockStored]]
 
 
-def median_us(run: Callable[[], object], rounds: int = 100) -> float:
-    samples = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        run()
-        samples.append((time.perf_counter() - start) * 1e6)
-    return round(statistics.median(samples), 1)
-
-
-def each_us(run: Callable[[], object], count: int) -> float:
-    start = time.perf_counter()
-    run()
-    return round((time.perf_counter() - start) * 1e6 / count, 2)
-
-
-def in_runs(chains: list[list[int]]) -> GlobalTree:
-    tree = GlobalTree()
-    for number, chain in enumerate(chains):
-        tree.apply(HOSTS[number % 4], stored(chain))
-        if number % 3 == 0:
-            tree.apply(HOSTS[(number + 1) % 4], stored(chain[: len(chain) * 3 // 5]))
-    return tree
-
-
-def in_singles(chains: list[list[int]]) -> GlobalTree:
-    tree = GlobalTree()
-    for chain in chains:
-        tree.apply(HOSTS[0], stored(chain))
-        for at in range(0, len(chain), 2):
-            tree.apply(HOSTS[1], stored([chain[at]], chain[at - 1] if at else None))
-    return tree
-
-
-def shape(
-    build: Callable[[list[list[int]]], GlobalTree], chains: list[list[int]]
-) -> dict[str, float]:
-    tracemalloc.start()
-    tree = build(chains)
-    held_bytes = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    stats = tree.stats()
-    prompt = [ShortKey(key) for key in stored(chains[0]).block_hashes]
-    return {
-        "pages": stats.pages,
-        "nodes": stats.nodes,
-        "bytes_per_page": round(held_bytes / stats.pages, 1),
-        "match_us": median_us(lambda: tree.match(prompt)),
-    }
-
-
-def changes(chains: list[list[int]]) -> dict[str, float]:
-    tree = GlobalTree()
-    events = [stored(chain) for chain in chains]
-    pages = sum(map(len, chains))
-    host = HOSTS[0]
-
-    def store() -> None:
-        for event in events:
-            tree.apply(host, event)
-
-    def evict() -> None:
-        for event in events:
-            for key in reversed(event.block_hashes):
-                tree.apply(host, BlockRemoved([key], DRAM))
-
-    measured = {
-        "store_us_per_page": each_us(store, pages),
-        "evict_one_by_one_us_per_page": each_us(evict, pages),
-    }
-    store()
-    measured["drop_us_per_page"] = each_us(lambda: tree.drop(host), pages)
-    return measured
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--pages", type=int, default=512)
-    parser.add_argument("--shared", type=int, default=64)
-    options = parser.parse_args()
+def work(pages: int, instances: int, event_pages: int) -> Work:
     source = random.Random(1)
 
     def keys(count: int) -> list[int]:
         return [source.getrandbits(64) - 2**63 for _ in range(count)]
 
-    shared = keys(options.shared)
-    chains = [shared + keys(options.pages - options.shared) for _ in range(options.prompts)]
-    result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "pages_per_prompt": options.pages,
-        "runs": shape(in_runs, chains),
-        "singles": shape(in_singles, chains[: max(options.prompts // 4, 1)]),
-        "changes": changes(chains),
+    hosts = [InstanceId(f"http://host{number}:30000") for number in range(instances)]
+    shared = keys(SHARED)
+    chains = [shared + keys(PROMPT - SHARED) for _ in range(pages // (PROMPT - SHARED))]
+    events = []
+    for number, chain in enumerate(chains):
+        for host in source.sample(hosts, min(1 + number % 3, instances)):
+            for at in range(0, PROMPT, event_pages):
+                parent = chain[at - 1] if at else None
+                hashes = chain[at : at + event_pages]
+                events.append((host, BlockStored(hashes, parent, [], 16, medium=DRAM)))
+    return Work(chains, events)
+
+
+def applied(tree: MergedTree, task: Work) -> dict[str, float]:
+    samples = []
+    for host, event in task.events:
+        start = time.thread_time()
+        tree.apply(host, event)
+        samples.append(time.thread_time() - start)
+    pages = sum(len(event.block_hashes) for _, event in task.events)
+    return {
+        "million_pages_per_s": round(pages / sum(samples) / 1e6, 2),
+        "longest_event_ms": round(max(samples) * 1e3, 1),
     }
-    print(json.dumps(result, indent=2))
+
+
+def matched(tree: MergedTree, task: Work, rounds: int = 2000) -> dict[str, float]:
+    source, samples = random.Random(2), []
+    for _ in range(rounds):
+        prompt = [ShortKey(key + 0) for key in source.choice(task.chains)]
+        start = time.thread_time()
+        tree.match(prompt)
+        samples.append((time.thread_time() - start) * 1e6)
+    cuts = statistics.quantiles(samples, n=100)
+    return {"p50_us": round(cuts[49], 1), "p99_us": round(cuts[98], 1)}
+
+
+def removed(tree: MergedTree, task: Work) -> float:
+    """Microseconds a page: leaf-first eviction that names pages one by one."""
+    host, _ = task.events[0]
+    mine = [event for who, event in task.events if who == host]
+    pages = [key for event in mine for key in reversed(event.block_hashes)]
+    start = time.thread_time()
+    for key in pages:
+        tree.apply(host, BlockRemoved([key], DRAM))
+    return round((time.thread_time() - start) * 1e6 / len(pages), 2)
+
+
+def measure(pipe: Connection, kind: str, pages: int, instances: int, event_pages: int) -> None:
+    """In a process of its own, so that memory is this tree's alone."""
+    task = work(pages, instances, event_pages)
+    tree = GlobalTree() if kind == "python" else merged_tree()
+    gc.collect()
+    gc.disable()
+    before = psutil.Process().memory_info().rss
+    result: dict[str, Any] = {"apply": applied(tree, task)}
+    grown = psutil.Process().memory_info().rss - before
+    stats = tree.stats()
+    result["pages"], result["nodes"] = stats.pages, stats.nodes
+    result["bytes_per_page"] = round(grown / stats.pages, 1)
+    result["match"] = matched(tree, task)
+    result["remove_us_per_page"] = removed(tree, task)
+    busiest = max(stats.held, key=lambda who: sum(stats.held[who].values()))
+    start = time.thread_time()
+    tree.drop(busiest)
+    result["drop_ms"] = round((time.thread_time() - start) * 1e3, 2)
+    pipe.send(json.dumps(result))
+
+
+def apart(*arguments: Any) -> Any:
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=measure, args=(theirs, *arguments), daemon=True
+    )
+    process.start()
+    theirs.close()
+    if not ours.poll(600):
+        raise SystemExit(f"no result for {arguments} within 600 s")
+    result = json.loads(ours.recv())
+    process.join(60)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pages", type=int, default=1_000_000)
+    parser.add_argument("--instances", type=int, default=64)
+    parser.add_argument("--event-pages", type=int, nargs="+", default=[512, 16])
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    started = time.monotonic()
+    kinds = ["python"] if native() is None else ["native", "python"]
+    results = {
+        f"events of {event_pages} pages": {
+            kind: apart(kind, options.pages, options.instances, event_pages) for kind in kinds
+        }
+        for event_pages in options.event_pages
+    }
+    report("global_tree", results, started, options.json)
 
 
 if __name__ == "__main__":
