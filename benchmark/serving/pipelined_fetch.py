@@ -3,8 +3,8 @@
     pipelined  P computes a new prompt; at the same moment D is asked to fetch its pages from P, as
                the router asks. ``lag``: from P's answer to D's, when D can start
     alone      D has forgotten them, P holds them all: the same pages fetched again
-    routed     another new prompt through the router, which does the same: the answer must say that
-               D computed no more than the last page
+    routed     a shorter new prompt through the router, which does the same: how many of its tokens
+               D did not compute, which should be all but the last page's
 
 The first two take turns, with a new prompt each round. ``lag_over_alone`` is the part of the
 transfer that prefill did not hide.
@@ -156,7 +156,8 @@ def main() -> int:
             samples.append(round_of(cluster, prompt()))
             print(samples[-1], file=sys.stderr, flush=True)
         results = summary(samples, options.tokens)
-        results["routed_cached_tokens"] = routed(cluster, prompt())
+        short = prompt()[: 4 * CHUNK_TOKENS]
+        results["routed"] = {"prompt_tokens": len(short), "fetched": routed(cluster, short)}
     report("serving/pipelined_fetch", results, started, options.json)
     return 0
 
