@@ -114,6 +114,48 @@ def test_arena_larger_than_the_machine_is_refused(monkeypatch: pytest.MonkeyPatc
             Arena(blocks, size)
 
 
+def test_where_no_more_can_be_reserved_the_arena_keeps_its_start_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = mmap.mmap
+
+    def stingy(fileno: int, length: int, **options: int) -> mmap.mmap:
+        if length > 1 << 20:
+            raise OSError("overcommit is off")
+        return real(fileno, length, **options)
+
+    monkeypatch.setattr(mmap, "mmap", stingy)
+    with Arena(16, 4096, slab_bytes=4 * 4096) as arena:
+        assert arena.capacity_blocks == 16
+        with pytest.raises(ConfigError, match="addresses for 16 of 4096 bytes"):
+            arena.grow(17)
+        arena.give_back(*arena.shrink(8))
+        assert [slab.stop for slab in arena.slabs] == [4, 8]
+        arena.grow(16)
+        arena.check()
+
+
+def test_memory_is_given_back_in_whole_pages_between_blocks_that_stay() -> None:
+    with Arena(8, 3000, slab_bytes=6000, reserve_bytes=1 << 20) as arena:
+        arena.reserved[:8] = 9
+        start, length = arena.shrink(4)
+        assert (start, length) == (3 * 4096, 3 * 4096)
+        arena.give_back(start, length)
+        flat = arena.reserved.reshape(-1)
+        assert (flat[:12_000] == 9).all() and not flat[3 * 4096 : 24_000].any()
+        assert arena.shrink(4) == (3 * 4096, 0)
+        arena.close()
+        arena.give_back(start, length)
+
+
+def test_large_ranges_have_larger_slabs() -> None:
+    with Arena(10, 4096, reserve_bytes=1 << 30, slab_bytes=4096) as arena:
+        assert arena.capacity_blocks == 1 << 18
+        arena.grow(1 << 18)
+        assert len(arena.slabs) <= 520
+        arena.check()
+
+
 def test_allocator_gives_all_or_nothing() -> None:
     allocator = BlockAllocator(4)
     first = allocator.allocate(3)

@@ -107,16 +107,20 @@ class Resize:
                 self._pinner.pin(*region)
             for region in self.removes:
                 self._pinner.unpin(*region)
+        gone = (0, 0)
         with self._lock:
             assert not self._ended, "the resize has ended"
             if not self._ledger.closed:
                 if self._shrink is not None:
                     self._shrink.complete()
-                    self._arena.shrink(self._ledger.total_blocks)
+                    gone = self._arena.shrink(self._ledger.total_blocks)
                 elif self.adds:
                     self._ledger.grow(self._arena.total_blocks)
             changed = bool(self.adds or self.removes)
             self._ledger.counts["resizes_total"] += changed
+        # Not under the lock, for it takes long; nobody can grow the pool before the end.
+        self._arena.give_back(*gone)
+        with self._lock:
             self._end()
         return self._result(ResizeOutcome.RESIZED if changed else ResizeOutcome.UNCHANGED)
 
