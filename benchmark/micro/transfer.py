@@ -1,9 +1,14 @@
-"""Fetching blocks through two RankAgents, against one raw NIXL READ of the same bytes.
+"""Fetching blocks through two RankAgents, against raw NIXL READs of the same bytes.
 
-Two processes: a holder with a MemPool and an agent, and this one with another. Both ways read the
-same blocks of the holder's arena; they take turns, so that noise hits both. A fetch is everything
-from the request to published pages: control messages, blocks, read, release, index. Raw is one
-descriptor list of whole blocks on an agent of its own, created, posted and awaited.
+Two processes: a holder with a MemPool and an agent, and this one with another; a second holder
+keeps checksums. All ways read the same bytes of a holder's arena into the same blocks; they take
+turns, so that noise hits all of them. Either side's arena holds the most blocks asked for.
+
+fetch      everything from the request to published pages: control messages, blocks, read, index
+checked    the same from the holder with checksums, which are compared before pages are published
+raw        one descriptor of all bytes, created, posted and awaited on agents of their own
+blocks     one descriptor a block, not merged (aggregated blocks that lie apart)
+by_layer   one descriptor for each block, layer, K and V: what the pages are without aggregation
 
     python benchmark/micro/transfer.py [--blocks 100 1000] [--repeat 15] [--json FILE]
 """
@@ -20,8 +25,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +38,13 @@ from sglang_memserve.transfer.base import ReadState
 from sglang_memserve.transfer.nixl import NixlTransport, RawNixl
 from sglang_memserve.transfer.plan import Segment
 from sglang_memserve.transfer.port import FetchSettings
-from sglang_memserve.types import Namespace, PageKey
+from sglang_memserve.types import Checksums, Namespace, PageKey
 
 # SmolLM2-135M in bf16: 368,640 bytes a page of 16 tokens.
 NAMESPACE = Namespace("bench", "1", "bfloat16", 16, 30, 3, 64, 64, 0, 1)
 DEADLINE_S = 60.0
+# Above this neither the second holder nor the short descriptors are worth their memory.
+MANY_BLOCKS = 1000
 
 
 def make_agent(pool: MemPool, name: str, folder: str) -> RankAgent:
@@ -58,16 +66,20 @@ def fill(pool: MemPool, keys: Sequence[PageKey]) -> list[int]:
     with pool.prepare_store(keys) as store:
         for index, block in store.missing:
             ctypes.memset(pool.address(block), index % 251 + 1, pool.block_bytes)
-        store.commit()
-    return [pool.address(block) for block in pool.match(keys)]
+        store.commit(checksums=pool.compute_checksums([block for _, block in store.missing]))
+    return pool.addresses(pool.match(keys))
 
 
-def hold(pipe: Connection, keys: list[PageKey], folder: str) -> None:
-    pool = MemPool(NAMESPACE, arena_bytes=len(keys) * NAMESPACE.block_bytes, generation="holder")
+def hold(pipe: Connection, keys: list[PageKey], folder: str, checksums: Checksums) -> None:
+    name = f"holder-{checksums.value}"
+    size = len(keys) * NAMESPACE.block_bytes
+    pool = MemPool(
+        NAMESPACE, arena_bytes=size, reserve_bytes=size, generation=name, checksums=checksums
+    )
     addresses = fill(pool, keys)
-    raw = RawNixl("raw-holder")
+    raw = RawNixl(f"raw-{name}")
     raw.register(pool.arena_base, pool.arena_bytes)
-    with make_agent(pool, "holder", folder) as agent:
+    with make_agent(pool, name, folder) as agent:
         pipe.send((agent.peer_address, raw.metadata(), addresses))
         while pipe.poll(600) and pipe.recv() == "cpu":
             pipe.send(time.process_time())
@@ -76,23 +88,21 @@ def hold(pipe: Connection, keys: list[PageKey], folder: str) -> None:
 
 
 class Reader:
-    def __init__(self, pipe: Connection, keys: Sequence[PageKey], folder: str) -> None:
+    def __init__(self, pipes: Sequence[Connection], keys: Sequence[PageKey], folder: str) -> None:
         self.keys = keys
-        self.pool = MemPool(
-            NAMESPACE, arena_bytes=2 * len(keys) * NAMESPACE.block_bytes, generation="reader"
-        )
-        self.peer, metadata, self.remote = pipe.recv()
+        size = len(keys) * NAMESPACE.block_bytes
+        self.pool = MemPool(NAMESPACE, arena_bytes=size, reserve_bytes=size, generation="reader")
+        (self.peer, metadata, self.remote), (self.checked_peer, *_) = (p.recv() for p in pipes)
         self.raw = RawNixl("raw-reader")
-        # The upper half of the arena is never allocated while the lower half is free; every page
-        # of it is touched before anything is timed.
+        # Every page is touched before anything is timed.
         ctypes.memset(self.pool.arena_base, 0, self.pool.arena_bytes)
         self.raw.register(self.pool.arena_base, self.pool.arena_bytes)
         self.raw_peer = self.raw.add_peer(metadata)
         self.agent = make_agent(self.pool, "reader", folder)
         self.agent.start()
 
-    def fetch(self, count: int) -> float:
-        request = FetchRequest.of("holder", self.peer, list(self.keys[:count]), 0.0, DEADLINE_S)
+    def fetch(self, count: int, peer: str) -> float:
+        request = FetchRequest.of("holder", peer, list(self.keys[:count]), 0.0, DEADLINE_S)
         start = time.perf_counter()
         reply = self.agent.fetch(request).result(DEADLINE_S)
         seconds = time.perf_counter() - start
@@ -107,22 +117,32 @@ class Reader:
             assert time.monotonic() < until, self.pool.stats()
             time.sleep(0.01)
 
-    def read(self, count: int) -> float:
-        with self.pool.prepare_store(self.keys[:count]) as store:
-            local = [self.pool.address(block) for _, block in store.missing]
-            size = self.pool.block_bytes
-            start = time.perf_counter()
-            batch = [
-                Segment(far, near, size) for far, near in zip(self.remote, local, strict=False)
-            ]
-            request = self.raw.submit(self.raw_peer, batch)
-            while request is not None:
-                state = self.raw.state(request)
-                if state is ReadState.DONE:
-                    break
-                assert state is ReadState.RUNNING, state
-                time.sleep(0.0001)
-            return time.perf_counter() - start
+    def one_descriptor(self, count: int) -> list[Segment]:
+        length = count * self.pool.block_bytes
+        assert self.remote[count - 1] - self.remote[0] == length - self.pool.block_bytes
+        return [Segment(self.remote[0], self.pool.arena_base, length)]
+
+    def descriptors(self, count: int, parts: int) -> list[Segment]:
+        """Each block in ``parts``, which lie apart: all first parts, then all second parts, ..."""
+        part_bytes = self.pool.block_bytes // parts
+        far, near = self.remote[0], self.pool.arena_base
+        return [
+            Segment(far + offset, near + offset, part_bytes)
+            for block in range(count)
+            for part in range(parts)
+            for offset in [(part * count + block) * part_bytes]
+        ]
+
+    def read(self, batch: list[Segment]) -> float:
+        start = time.perf_counter()
+        request = self.raw.submit(self.raw_peer, batch)
+        while request is not None:
+            state = self.raw.state(request)
+            if state is ReadState.DONE:
+                break
+            assert state is ReadState.RUNNING, state
+            time.sleep(0.0001)
+        return time.perf_counter() - start
 
     def close(self) -> None:
         self.agent.close()
@@ -131,22 +151,36 @@ class Reader:
 
 
 def compare(reader: Reader, count: int, repeat: int) -> dict[str, Any]:
-    for _ in range(2):
-        reader.fetch(count)
-        reader.read(count)
-    pairs = [(reader.fetch(count), reader.read(count)) for _ in range(repeat)]
-    total = count * NAMESPACE.block_bytes
-    fetch_s = statistics.median(pair[0] for pair in pairs)
-    read_s = statistics.median(pair[1] for pair in pairs)
-    return {
-        "blocks": count,
-        "bytes": total,
-        "fetch_ms": round(fetch_s * 1e3, 3),
-        "raw_ms": round(read_s * 1e3, 3),
-        "fetch_bytes_per_s": round(total / fetch_s),
-        "raw_bytes_per_s": round(total / read_s),
-        "fetch_over_raw": round(statistics.median(raw / fetch for fetch, raw in pairs), 3),
+    one = reader.one_descriptor(count)
+    ways: dict[str, Callable[[], float]] = {
+        "fetch": lambda: reader.fetch(count, reader.peer),
+        "raw": lambda: reader.read(one),
     }
+    if count <= MANY_BLOCKS:
+        each = reader.descriptors(count, 1)
+        by_layer = reader.descriptors(count, 2 * NAMESPACE.num_layers)
+        ways["checked"] = lambda: reader.fetch(count, reader.checked_peer)
+        ways["blocks"] = lambda: reader.read(each)
+        ways["by_layer"] = lambda: reader.read(by_layer)
+    for way in ways.values():
+        way()
+    rounds = [{name: way() for name, way in ways.items()} for _ in range(repeat)]
+    total = count * NAMESPACE.block_bytes
+    result: dict[str, Any] = {"blocks": count, "bytes": total, "repeat": repeat}
+    for name in ways:
+        result[f"{name}_ms"] = round(1e3 * statistics.median(r[name] for r in rounds), 3)
+        result[f"{name}_best_ms"] = round(1e3 * min(r[name] for r in rounds), 3)
+    result["raw_bytes_per_s"] = round(1e3 * total / result["raw_ms"])
+    result["fetch_over_raw"] = ratio(rounds, "raw", "fetch")
+    if "checked" in ways:
+        result["checked_over_fetch"] = ratio(rounds, "fetch", "checked")
+        result["by_layer_slower_than_blocks"] = ratio(rounds, "by_layer", "blocks")
+    return result
+
+
+def ratio(rounds: Sequence[dict[str, float]], time_of: str, over: str) -> float:
+    """Median over the rounds of one way's time divided by another's of the same round."""
+    return round(statistics.median(r[time_of] / r[over] for r in rounds), 3)
 
 
 def idle_cpu(pipe: Connection, seconds: float) -> dict[str, float]:
@@ -166,18 +200,27 @@ def measure(blocks: list[int], repeat: int) -> dict[str, Any]:
     load_before = round(os.getloadavg()[0], 2)
     keys = [PageKey(index.to_bytes(32, "big")) for index in range(max(blocks))]
     spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
+    pipes: list[Connection] = []
+    holders: list[BaseProcess] = []
     with tempfile.TemporaryDirectory() as folder:
-        holder = spawn.Process(target=hold, args=(theirs, keys, folder), daemon=True)
-        holder.start()
-        reader = Reader(ours, keys, folder)
+        for checksums in (Checksums.OFF, Checksums.ON):
+            ours, theirs = spawn.Pipe()
+            kept = keys if checksums is Checksums.OFF else keys[:MANY_BLOCKS]
+            arguments = (theirs, kept, folder, checksums)
+            holders.append(spawn.Process(target=hold, args=arguments, daemon=True))
+            holders[-1].start()
+            pipes.append(ours)
+        reader = Reader(pipes, keys, folder)
         try:
-            results = [compare(reader, count, repeat) for count in blocks]
-            idle = idle_cpu(ours, 3.0)
+            results = [
+                compare(reader, count, max(3, min(repeat, 20_000 // count))) for count in blocks
+            ]
+            idle = idle_cpu(pipes[0], 3.0)
         finally:
-            ours.send("end")
+            for pipe, holder in zip(pipes, holders, strict=True):
+                pipe.send("end")
+                holder.join(30)
             reader.close()
-            holder.join(30)
     return {
         "benchmark": "micro/transfer",
         "command": "python " + " ".join(sys.argv),

@@ -74,6 +74,14 @@ def test_keys_of_another_length_are_refused(size: int) -> None:
             decode(encode(message))
 
 
+@pytest.mark.parametrize(
+    "memory", [[(-1, 5)], [(0, 0)], [(4096, -4096)], [(4096, 4096), (2**64 - 1, 2)]]
+)
+def test_memory_that_cannot_be_is_refused(memory: list[tuple[int, int]]) -> None:
+    with pytest.raises(ProtocolError, match="no memory is"):
+        decode(encode(HelloReply(1, "http://a", "g", NAMESPACE, b"", memory)))
+
+
 def test_the_handshake_names_what_differs() -> None:
     other = Namespace("m", "2", "float16", 16, 30, 3, 64, 64, 0, 1)
     handshake.require_same_namespace(NAMESPACE, NAMESPACE)

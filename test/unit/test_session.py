@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from sglang_memserve.config import Limits
@@ -30,6 +30,7 @@ from sglang_memserve.types import Namespace, PageKey
 NAMESPACE = Namespace("m", "1", "float16", 4, 1, 1, 8, 8, 0, 1)
 KEYS = [PageKey(bytes([index + 1]) * 32) for index in range(8)]
 HELLO = Hello(1, "reader", "reader", NAMESPACE)
+BLOCK = NAMESPACE.block_bytes
 LIMITS = Limits(max_fetches=2, max_queued_fetches=2, max_grace_leases=3)
 
 
@@ -148,6 +149,42 @@ def test_a_peer_is_greeted_once(bench: Bench) -> None:
     bench.serve("tcp://a:1")
     assert [reply.outcome for reply in bench.replies] == ["complete"] * 2
     assert [reply.fetched_pages for reply in bench.replies] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        (lambda base: LeaseReply(9, [base - BLOCK], []), "no block is at"),
+        (lambda base: LeaseReply(9, [base, base + 16 * BLOCK], []), "no block is at"),
+        (lambda base: LeaseReply(9, [base + 1], []), "no block is at"),
+        (lambda base: LeaseReply(9, [base + 16 * BLOCK - 1], []), "no block is at"),
+        (lambda base: LeaseReply(9, [-5], []), "no block is at"),
+        (lambda base: LeaseReply(9, [2**64 - 1], []), "no block is at"),
+        (lambda base: LeaseReply(9, [base] * 9, []), "9 addresses for 8 pages"),
+        (lambda base: LeaseReply(9, [base], [1, 2]), "2 checksums for 1 addresses"),
+        (lambda base: ReleaseReply(True), "ReleaseReply while leasing"),
+    ],
+)
+def test_a_lease_that_makes_no_sense_is_given_back(
+    bench: Bench, wrong: Callable[[int], Message], text: str
+) -> None:
+    bench.submit("tcp://a:1", pages=1)
+    bench.serve("tcp://a:1")
+    bench.pool.clear()
+    bench.submit("tcp://a:1")
+    link, peer = bench.links["tcp://a:1"], bench.sessions.peer("tcp://a:1")
+    assert peer is not None
+    request_id, request = link.sent.pop()
+    assert isinstance(request, LeaseRequest) and len(request.keys) == 8
+    reply = wrong(bench.peer_pool.arena_base)
+    bench.sessions.on_message(peer, request_id, reply, bench.now)
+    (source,) = bench.replies[-1].sources
+    assert (bench.replies[-1].outcome, source.outcome) == ("protocol_error",) * 2
+    assert text in source.detail
+    if "no block" in text:
+        assert f"{bench.peer_pool.arena_base:#x}" in source.detail
+    if isinstance(reply, LeaseReply):
+        assert link.sent[-1][1] == ReleaseRequest("boot", 9)
 
 
 def test_idle_peers_are_forgotten_and_greeted_again(bench: Bench) -> None:

@@ -269,6 +269,7 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 
 KEY_BYTES = 32
+_ADDRESSES = 2**64
 
 
 def encode(message: Message) -> bytes:
@@ -285,4 +286,8 @@ def decode(data: bytes) -> Message:
         for key in message.keys:
             if len(key) != KEY_BYTES:
                 raise ProtocolError(f"page key of {len(key)} bytes, expected {KEY_BYTES}")
+    elif isinstance(message, HelloReply):
+        for base, length in message.memory:
+            if base < 0 or length <= 0 or base + length > _ADDRESSES:
+                raise ProtocolError(f"no memory is {length} bytes at {base:#x}")
     return message
