@@ -43,9 +43,9 @@ def test_another_namespace_is_refused_with_the_reason(ranks: Callable[..., Rank]
     other = Namespace("another model", "1", "float16", 16, 2, 2, 64, 64, 0, 1)
     reader = ranks(namespace=other)
     put(holder.pool, KEYS)
-    reply = reader.fetch(holder, KEYS)
-    assert reply.outcome == "namespace_mismatch"
-    assert "'another model'" in reply.sources[0].detail and "'m'" in reply.sources[0].detail
+    fetched = reader.fetch(holder, KEYS)
+    assert fetched.outcome == "namespace_mismatch"
+    assert "'another model'" in fetched.sources[0].detail and "'m'" in fetched.sources[0].detail
     with Asker(holder.agent.peer_address) as asker:
         reply = asker.ask(Hello(PROTOCOL_VERSION, "x", "y", other))
         assert isinstance(reply, ErrorReply) and reply.kind == "NamespaceMismatch"

@@ -24,7 +24,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +50,7 @@ _QUIET = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal", "UCX_LOG_FILE": "
 @dataclass(slots=True)
 class _Read:
     peer: str
-    todo: Iterator[list[Segment]]
+    todo: deque[list[Segment]]
     running: list[int] = field(default_factory=list)
     failed: bool = False
 
@@ -130,7 +131,7 @@ class NixlTransport:
         if known is None or peer in self._leaving:
             raise TransferFailed(f"not connected to {peer}")
         parts = segments(remote, local, block_bytes, _BATCH_BYTES)
-        todo = batches(cut(parts, known.regions, self._regions), _BATCH_BYTES)
+        todo = deque(batches(cut(parts, known.regions, self._regions), _BATCH_BYTES))
         read = _Read(peer, todo)
         self._submit(read)
         if read.failed and not read.running:
@@ -183,17 +184,16 @@ class NixlTransport:
         """
         nixl = self._open()
         while not read.failed and len(read.running) < _BATCHES_IN_FLIGHT:
+            if not read.todo:
+                return False
             try:
-                batch = next(read.todo, None)
-                if batch is None:
-                    return False
-                request = nixl.submit(read.peer, batch)
+                request = nixl.submit(read.peer, read.todo.popleft())
             except TransferFailed as error:
                 log.info("read from %s failed: %s", read.peer, error)
                 read.failed = True
                 return False
             if request is None:
-                return True
+                return bool(read.todo)
             read.running.append(request)
         return True
 
