@@ -43,6 +43,7 @@ class RankAgent:
 
     ``host`` is what the peer and events sockets listen on; a wildcard needs ``advertise_host``.
     ``more_stats`` joins the answer to ``StatsRequest``; called on the agent's thread.
+    ``peer_port`` is the peer socket's; 0 takes any that is free.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RankAgent:
         host: str,
         local_path: Path | str,
         advertise_host: str | None = None,
+        peer_port: int = 0,
         settings: FetchSettings | None = None,
         limits: Limits | None = None,
         membership_limits: MembershipLimits | None = None,
@@ -74,6 +76,7 @@ class RankAgent:
             rank=rank,
             host=host,
             advertise=advertise_host or host,
+            peer_port=peer_port,
             local_path=Path(local_path),
             fetch=settings or FetchSettings.of(limits or Limits()),
             limits=limits or Limits(),

@@ -69,6 +69,7 @@ class AgentConfig:
     rank: int
     host: str
     advertise: str
+    peer_port: int
     local_path: Path
     fetch: FetchSettings
     limits: Limits
@@ -130,7 +131,9 @@ class AgentLoop:
     def _bind(self, config: AgentConfig) -> None:
         self._peer_server = Server(self._context)
         self._local_server = Server(self._context)
-        self.peer_address = self._peer_server.bind_tcp(config.host, config.advertise)
+        self.peer_address = self._peer_server.bind_tcp(
+            config.host, config.advertise, config.peer_port
+        )
         self._publisher = Publisher(self._context, config.host)
         self.events_address = self._publisher.address(config.advertise)
         self._local_server.bind_ipc(config.local_path)

@@ -3,6 +3,10 @@
 Belongs to the agent's thread. A peer is known by the address of its control socket. ``PeerTable``
 opens the link, greets (namespaces are compared, the transport learns the peer's memory), and
 forgets peers that nobody has used for a while. ``members`` keeps some of them for longer.
+
+Of a peer that is only idle, the link is closed and the transport's connection kept: NIXL 1.5 never
+closes UCX's end of a connection to a process that lives (its issue 2025), so that disconnecting and
+connecting again would leave one more socket on both sides each time.
 """
 
 from __future__ import annotations
@@ -64,6 +68,8 @@ class PeerTable:
         self._open_link = open_link
         self._keepers = [in_use]
         self._peers: dict[str, Peer] = {}
+        # Connections without a link, by address, the longest idle first; at most ``count``.
+        self._idle: dict[str, Greeting] = {}
         self._next_request = 1
 
     def __len__(self) -> int:
@@ -91,6 +97,7 @@ class PeerTable:
             if len(self._peers) >= self.limits.count:
                 raise LimitExceeded(f"{len(self._peers)} peers are in use")
             peer = Peer(address, self._open_link(address), now)
+            peer.connected = self._idle.pop(address, None)
             self._peers[address] = peer
         peer.used_s = now
         return peer
@@ -129,11 +136,9 @@ class PeerTable:
         """Close the link and the connection. False while the peer is in use: try again later."""
         if self._peers.get(peer.address) is not peer:
             return True
-        if any(wants(peer) for wants in self._keepers):
+        if not self._unlink(peer):
             return False
-        peer.link.close()
         self.disconnect(peer)
-        del self._peers[peer.address]
         return True
 
     def on_time(self, now: float) -> None:
@@ -150,14 +155,29 @@ class PeerTable:
 
     def check(self) -> None:
         assert len(self._peers) <= self.limits.count
+        assert len(self._idle) <= self.limits.count
+        assert not self._idle.keys() & self._peers.keys()
         for address, peer in self._peers.items():
             assert peer.address == address
             assert peer.greeting is None or peer.greeting == peer.connected
 
     def _forget_idle(self, now: float, idle_s: float) -> None:
         for peer in self:
-            if now - peer.used_s >= idle_s:
-                self.forget(peer)
+            if now - peer.used_s < idle_s or not self._unlink(peer) or peer.connected is None:
+                continue
+            self._idle[peer.address] = peer.connected
+            if len(self._idle) > self.limits.count:
+                longest = next(iter(self._idle))
+                self._transport.disconnect(self._idle.pop(longest).transport_name)
+
+    def _unlink(self, peer: Peer) -> bool:
+        """Whether nobody needs the peer; its link is closed then."""
+        if any(wants(peer) for wants in self._keepers):
+            return False
+        peer.link.close()
+        peer.greeting = None
+        del self._peers[peer.address]
+        return True
 
 
 def _greeting(reply: HelloReply, name: str) -> Greeting:

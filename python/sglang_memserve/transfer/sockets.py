@@ -46,10 +46,10 @@ class Server:
         self.socket = context.socket(zmq.ROUTER)
         _bound(self.socket)
 
-    def bind_tcp(self, host: str, advertise: str | None) -> str:
-        """Returns the address that others connect to."""
-        port = _bind_random_port(self.socket, host)
-        return f"tcp://{_in_url(advertise or host)}:{port}"
+    def bind_tcp(self, host: str, advertise: str | None, port: int = 0) -> str:
+        """``port`` 0: any that is free. Returns the address that others connect to."""
+        bound = _bind(self.socket, host, port)
+        return f"tcp://{_in_url(advertise or host)}:{bound}"
 
     def bind_ipc(self, path: Path) -> None:
         """Only this user may connect."""
@@ -123,7 +123,7 @@ class Publisher:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str) -> None:
         self.socket = context.socket(zmq.PUB)
         _bound(self.socket)
-        self._port = _bind_random_port(self.socket, host)
+        self._port = _bind(self.socket, host, 0)
 
     def address(self, host: str) -> str:
         return f"tcp://{_in_url(host)}:{self._port}"
@@ -172,15 +172,20 @@ def _bound(sock: zmq.Socket[bytes]) -> None:
     sock.maxmsgsize = MAX_MESSAGE_BYTES
 
 
-def _bind_random_port(sock: zmq.Socket[bytes], host: str) -> int:
+def _bind(sock: zmq.Socket[bytes], host: str, port: int) -> int:
     try:
         # ZMQ binds addresses and interface names, not host names.
         family, _, _, _, where = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
         if family == socket.AF_INET6:
             sock.setsockopt(zmq.IPV6, 1)
-        return sock.bind_to_random_port(f"tcp://{_in_url(str(where[0]))}")
+        interface = f"tcp://{_in_url(str(where[0]))}"
+        if not port:
+            return sock.bind_to_random_port(interface)
+        sock.bind(f"{interface}:{port}")
+        return port
     except (OSError, zmq.ZMQError) as error:
-        raise ConfigError(f"cannot listen on {host!r}: {error}") from error
+        place = f"port {port} of {host!r}" if port else repr(host)
+        raise ConfigError(f"cannot listen on {place}: {error}") from error
 
 
 def _in_url(host: str) -> str:
