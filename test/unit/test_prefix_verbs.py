@@ -6,6 +6,7 @@ import threading
 import time
 from array import array
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache import unified_tree_core
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang_memserve.errors import LimitExceeded
 from sglang_memserve.hashing import namespace_seed, page_keys
 from sglang_memserve.memory.swap import DevicePool
 from sglang_memserve.mempool import MemPool
@@ -131,11 +133,7 @@ class Rig:
         assert stats["leases"] == stats["stores"] == 0
 
 
-@pytest.fixture(params=["rust", "python"])
-def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    # Without SGLang's C++ extension, which needs a compiler.
-    monkeypatch.setattr(unified_tree_core, "compute_node_hash_values", _node_keys)
-
+def make_rig(core: str, ranks: Agreement) -> Rig:
     def buffers() -> list[torch.Tensor]:
         return [torch.zeros(SLOTS + PAGE, HEADS, DIM).bfloat16() for _ in range(LAYERS)]
 
@@ -149,7 +147,7 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
             token_to_kv_pool_allocator=allocator,
             page_size=PAGE,
             tree_components=(ComponentType.FULL,),
-            tree_core_backend=request.param,
+            tree_core_backend=core,
         )
     )
     # Keys without write-through: what DRAM holds is the test's business.
@@ -159,16 +157,26 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     pool = MemPool(SPACE, arena_bytes=BLOCKS * SPACE.block_bytes, generation="g")
     device = DevicePool(pool.layout, kv.k_buffer, kv.v_buffer)
     copies = CopyThread("test-copy")
-    ports = Ports(
-        DeviceTree(cache), pool, device, copies, Agreement([]), SchedulerClock(), linked=Linked()
-    )
+    tree = DeviceTree(cache)
+    ports = Ports(tree, pool, device, copies, ranks, SchedulerClock(), linked=Linked())
     now = [0.0]
     verbs = PrefixVerbs(ports, clock=lambda: now[0])
-    rig = Rig(cache, allocator, pool, device, copies, verbs, kv, now)
+    return Rig(cache, allocator, pool, device, copies, verbs, kv, now)
+
+
+@pytest.fixture
+def plain_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without SGLang's C++ extension, which needs a compiler."""
+    monkeypatch.setattr(unified_tree_core, "compute_node_hash_values", _node_keys)
+
+
+@pytest.fixture(params=["rust", "python"])
+def rig(request: pytest.FixtureRequest, plain_keys: None) -> Iterator[Rig]:
+    rig = make_rig(request.param, Agreement([]))
     yield rig
-    copies.close(LIMIT_S)
+    rig.copies.close(LIMIT_S)
     rig.check()
-    pool.close()
+    rig.pool.close()
 
 
 def _node_keys(node: Any, page_size: int) -> list[str]:
@@ -385,3 +393,102 @@ def hold_copies(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
     monkeypatch.setattr(rig.device, "wait", wait)
     return gate
+
+
+class Lockstep(Agreement):
+    """Two ranks as two threads: each waits for the other, as in a collective operation."""
+
+    def __init__(self) -> None:
+        super().__init__([])
+        self._barrier = threading.Barrier(2)
+        self._votes: dict[int, list[int]] = {}
+
+    def least(self, values: list[int]) -> list[int]:
+        self._votes[threading.get_ident()] = values
+        self._barrier.wait(LIMIT_S)
+        mine, other = self._votes.values()
+        least = [min(pair) for pair in zip(mine, other, strict=True)]
+        self._barrier.wait(LIMIT_S)
+        return least
+
+
+@dataclass
+class TwoRanks:
+    rigs: tuple[Rig, Rig]
+
+    def do(self, verb: str, tokens: list[int]) -> PrefixVerbReqOutput:
+        """The verb on both ranks, round by round; both must answer in the same round and alike."""
+        calls = [rig.submit(verb, tokens) for rig in self.rigs]
+        deadline = time.monotonic() + LIMIT_S
+        while calls[0] not in self.rigs[0].answers:
+            assert time.monotonic() < deadline, "the verb did not end"
+            list(self.threads.map(Rig.step, self.rigs))
+        answers = [rig.answers.pop(call) for rig, call in zip(self.rigs, calls, strict=True)]
+        assert answers[0] == answers[1]
+        return answers[0]
+
+    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
+
+
+@pytest.fixture
+def two(plain_keys: None) -> Iterator[TwoRanks]:
+    together = Lockstep()
+    two = TwoRanks((make_rig("rust", together), make_rig("rust", together)))
+    yield two
+    two.threads.shutdown()
+    for rig in two.rigs:
+        rig.copies.close(LIMIT_S)
+        rig.check()
+        rig.pool.close()
+
+
+def test_ranks_move_what_all_of_them_hold(two: TwoRanks) -> None:
+    for rig in two.rigs:
+        rig.compute(A)
+    assert two.do("swap_out", A).moved_pages == 10
+    two.rigs[1].pool.delete(page_keys(A, PAGE)[6:])
+    answer = two.do("match", A)
+    assert (answer.dram_pages, answer.reusable_pages) == (6, 6)
+    answer = two.do("swap_in", A)
+    assert (answer.outcome, answer.moved_pages, answer.hbm_pages) == ("miss", 6, 6)
+
+
+def test_one_rank_without_blocks_keeps_pages_on_all(two: TwoRanks) -> None:
+    for rig in two.rigs:
+        rig.compute(A)
+    taken = two.rigs[1].pool.alloc_mem(BLOCKS - 4)
+    answer = two.do("swap_out", A)
+    assert (answer.outcome, answer.moved_pages, answer.hbm_pages) == ("no_blocks", 0, 10)
+    two.rigs[1].pool.free_mem(taken)
+    assert two.do("swap_out", A).outcome == "complete"
+
+
+def test_copy_that_fails_on_one_rank_counts_for_none(
+    two: TwoRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    for rig in two.rigs:
+        rig.compute(A)
+    two.do("swap_out", A)
+    with monkeypatch.context() as patch:
+        patch.setattr(two.rigs[0].device, "scatter", broken)
+        answer = two.do("swap_in", A)
+    assert (answer.outcome, answer.hbm_pages) == ("copy_failed", 0)
+    assert two.do("swap_in", A).hbm_pages == 10
+
+
+def test_leases_that_one_rank_refuses_are_taken_by_none(
+    two: TwoRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise LimitExceeded("no more leases")
+
+    for rig in two.rigs:
+        rig.compute(A)
+    two.do("swap_out", A)
+    with monkeypatch.context() as patch:
+        patch.setattr(two.rigs[1].pool, "acquire", refuse)
+        assert two.do("swap_in", A).outcome == "limit_exceeded"
+    assert two.do("swap_in", A).outcome == "complete"
