@@ -6,6 +6,7 @@ the definition of the table, since which ghosts collide is part of what can be s
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -123,7 +124,7 @@ class IndexOracle:
     # -- inside --
 
     def slot(self, key: bytes) -> int:
-        return int.from_bytes(key[:4], "little") % self.ghost_slots
+        return (int.from_bytes(key[:8], sys.byteorder) & 0xFFFFFFFF) % self.ghost_slots
 
     def _stamp(self, keys: Sequence[bytes]) -> None:
         self.clock += len(keys)

@@ -92,14 +92,14 @@ def test_growing_forgets_ghosts_and_nothing_else() -> None:
 
 def test_a_ghost_is_recalled_once_and_gives_way_to_newer_ones() -> None:
     ghosts = Ghosts(64)
-    assert not ghosts.recall(key("never"))
-    ghosts.remember(key("page"))
-    assert ghosts.recall(key("page")) and not ghosts.recall(key("page"))
-    ghosts.remember(key("page"))
-    for number in range(2000):
-        ghosts.remember(key(number))
-    assert not ghosts.recall(key("page"))
-    assert 0 < sum(ghosts.recall(key(number)) for number in range(2000)) <= 64 == len(ghosts)
+    page, numbers = key("page"), [key(number) for number in range(2000)]
+    assert ghosts.recall([page]) == [False]
+    ghosts.remember([page])
+    assert ghosts.recall([page, key("other"), page]) == [True, False, False]
+    ghosts.remember([page])
+    ghosts.remember(numbers)
+    assert ghosts.recall([page]) == [False]
+    assert 0 < sum(ghosts.recall(numbers)) <= 64 == len(ghosts)
 
 
 def test_heap_forgets_what_is_not_evictable_until_it_is_offered_again() -> None:

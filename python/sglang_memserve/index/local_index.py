@@ -50,11 +50,10 @@ class LocalIndex:
         self._key: list[PageKey | None] = [None] * total_blocks
         self._parent: list[PageKey | None] = [None] * total_blocks
         self._children = array("I", bytes(4 * total_blocks))
-        self._pins = array("I", bytes(4 * total_blocks))
+        self._pins: dict[BlockId, int] = {}
         self._waiting: dict[PageKey, int] = {}
         self._orphans: set[BlockId] = set()
         self._policy = make_policy(eviction, total_blocks)
-        self._pinned = 0
 
     def __len__(self) -> int:
         return len(self._block_of)
@@ -65,7 +64,7 @@ class LocalIndex:
     @property
     def pinned_blocks(self) -> int:
         """Blocks with at least one pin, orphans included."""
-        return self._pinned
+        return len(self._pins)
 
     @property
     def orphan_blocks(self) -> int:
@@ -79,13 +78,12 @@ class LocalIndex:
         """Blocks up to ``total_blocks`` - 1 may hold pages from now on; those above hold none, not
         even as orphans. What was known of blocks that went is kept for when they come back."""
         for block in range(total_blocks, self._total_blocks):
-            assert self._key[block] is None and not self._pins[block], f"block {block} is in use"
+            assert self._key[block] is None and block not in self._pins, f"block {block} is in use"
         more = total_blocks - len(self._key)
         if more > 0:
             self._key += [None] * more
             self._parent += [None] * more
             self._children.frombytes(bytes(4 * more))
-            self._pins.frombytes(bytes(4 * more))
         self._total_blocks = total_blocks
         self._policy.resize(total_blocks)
 
@@ -130,7 +128,7 @@ class LocalIndex:
 
     def pins(self) -> dict[BlockId, int]:
         """All pinned blocks and their counts."""
-        return {BlockId(block): count for block, count in enumerate(self._pins) if count}
+        return dict(self._pins)
 
     # -- change --
 
@@ -145,26 +143,27 @@ class LocalIndex:
 
         No key may be resident, no block in use. Returns the parents as they were linked.
         """
+        block_of, key_in, waiting = self._block_of, self._key, self._waiting
         linked: list[PageKey | None] = []
         for key, block, parent in zip(keys, blocks, parents, strict=True):
-            assert key not in self._block_of, f"page {key.hex()} is resident"
-            assert self._key[block] is None and not self._pins[block], f"block {block} is in use"
-            self._block_of[key] = block
-            self._key[block] = key
-            children = self._waiting.pop(key, 0)
+            assert key not in block_of, f"page {key.hex()} is resident"
+            assert key_in[block] is None and block not in self._pins, f"block {block} is in use"
+            block_of[key] = block
+            key_in[block] = key
+            children = waiting.pop(key, 0) if waiting else 0
             self._children[block] = children
             if (children or parent == key) and self._descends(parent, key):
                 # Nothing is its own ancestor: whoever named this parent does not know the chain.
                 parent = None
             linked.append(parent)
             if parent is not None:
-                above = self._block_of.get(parent)
+                above = block_of.get(parent)
                 if above is None:
-                    self._waiting[parent] = self._waiting.get(parent, 0) + 1
+                    waiting[parent] = waiting.get(parent, 0) + 1
                 else:
                     self._children[above] += 1
                     # One object for one key, whoever computed it.
-                    parent = self._key[above]
+                    parent = key_in[above]
             self._parent[block] = parent
         self._policy.insert(keys, blocks)
         # Only now: the inner pages of the chain have got their children.
@@ -182,20 +181,18 @@ class LocalIndex:
         pins = self._pins
         for block in blocks:
             assert self._key[block] is not None, f"block {block} is not resident"
-            if not pins[block]:
-                self._pinned += 1
-            pins[block] += 1
+            pins[block] = pins.get(block, 0) + 1
 
     def unpin(self, blocks: Iterable[BlockId]) -> list[BlockId]:
         """One pin less on each. Returns the orphans among them whose last pin this was."""
         pins = self._pins
         ended: list[BlockId] = []
         for block in blocks:
-            assert pins[block] > 0, f"block {block} is not pinned"
+            assert block in pins, f"block {block} is not pinned"
             pins[block] -= 1
             if pins[block]:
                 continue
-            self._pinned -= 1
+            del pins[block]
             if block in self._orphans:
                 self._orphans.remove(block)
                 ended.append(block)
@@ -212,10 +209,9 @@ class LocalIndex:
             block = policy.take(evictable)
             if block is None:
                 break
-            key = self._unlink(block)
-            policy.evicted(block, key)
-            keys.append(key)
+            keys.append(self._unlink(block))
             blocks.append(block)
+        policy.evicted(keys)
         return Removed(keys, blocks)
 
     def evict_blocks(self, blocks: Iterable[BlockId]) -> Removed:
@@ -224,7 +220,7 @@ class LocalIndex:
         keys: list[PageKey] = []
         freed: list[BlockId] = []
         for block in blocks:
-            if self._key[block] is not None and not self._pins[block]:
+            if self._key[block] is not None and block not in self._pins:
                 keys.append(self._unlink(block))
                 self._policy.removed(block)
                 freed.append(block)
@@ -239,13 +235,13 @@ class LocalIndex:
         """
         key = self._key[source]
         assert key is not None, f"block {source} is not resident"
-        assert self._key[target] is None and not self._pins[target], f"block {target} is in use"
+        assert self._key[target] is None and target not in self._pins, f"block {target} is in use"
         self._block_of[key] = target
         for column in (self._key, self._parent):
             column[target], column[source] = column[source], None
         self._children[target], self._children[source] = self._children[source], 0
         self._policy.move(source, target)
-        if self._pins[source]:
+        if source in self._pins:
             self._orphans.add(source)
         if not self._children[target]:
             self._policy.offer(target)
@@ -260,7 +256,7 @@ class LocalIndex:
                 continue
             removed.append(self._unlink(block))
             self._policy.removed(block)
-            if self._pins[block]:
+            if block in self._pins:
                 self._orphans.add(block)
             else:
                 blocks.append(block)
@@ -271,7 +267,7 @@ class LocalIndex:
         keys = list(self._block_of)
         blocks: list[BlockId] = []
         for block in self._block_of.values():
-            if self._pins[block]:
+            if block in self._pins:
                 self._orphans.add(block)
             else:
                 blocks.append(block)
@@ -287,7 +283,9 @@ class LocalIndex:
     # -- inside --
 
     def _evictable(self, block: int) -> bool:
-        return not self._children[block] and not self._pins[block] and self._key[block] is not None
+        return (
+            not self._children[block] and block not in self._pins and self._key[block] is not None
+        )
 
     def _descends(self, key: PageKey | None, ancestor: PageKey) -> bool:
         """Whether the links from ``key`` upwards lead to ``ancestor``."""
@@ -318,7 +316,7 @@ class LocalIndex:
             return key
         self._children[above] -= 1
         self._policy.outlive(above, block)
-        if not self._children[above] and not self._pins[above]:
+        if not self._children[above] and above not in self._pins:
             self._policy.offer(above)
         return key
 
@@ -333,12 +331,11 @@ class LocalIndex:
         for place, held in enumerate(self._key):
             if held is None:
                 assert not self._children[place] and self._parent[place] is None, place
-                assert (self._pins[place] > 0) == (place in self._orphans), place
+                assert (place in self._pins) == (place in self._orphans), place
             else:
                 assert self._block_of[held] == place, (held, place)
                 assert self._children[place] == children.pop(held, 0), (held, place)
                 assert place not in self._orphans, place
         assert self._waiting == children, (self._waiting, children)
-        assert self._pinned == sum(1 for pins in self._pins if pins), self._pinned
-        assert min(self._pins, default=0) >= 0
+        assert min(self._pins.values(), default=1) > 0
         self._policy.check(list(self._block_of.values()), self._evictable)

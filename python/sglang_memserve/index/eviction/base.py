@@ -38,15 +38,15 @@ class EvictionPolicy(Protocol):
     def take(self, evictable: Evictable) -> BlockId | None:
         """The next to go among the blocks offered that are ``evictable``; None when there is none.
 
-        The caller removes its page and says so with ``evicted``."""
+        The caller removes its page."""
         ...
 
-    def evicted(self, block: BlockId, key: PageKey) -> None:
-        """The page was removed to make room; it may come back."""
+    def evicted(self, keys: Sequence[PageKey]) -> None:
+        """These pages were taken and removed; they may come back."""
         ...
 
     def removed(self, block: BlockId) -> None:
-        """The page was removed by name."""
+        """The page was removed by name, not taken."""
         ...
 
     def outlive(self, parent: BlockId, child: BlockId) -> None:

@@ -9,6 +9,7 @@ once in 2**32.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 
 from ...types import PageKey
 
@@ -24,16 +25,24 @@ class Ghosts:
     def __len__(self) -> int:
         return len(self._prints)
 
-    def remember(self, key: PageKey) -> None:
-        # Keys are hashes: any eight bytes of one serve as two numbers.
-        number = int.from_bytes(key[:8], "little")
-        self._prints[(number & _HALF) % len(self._prints)] = number >> 32
+    def remember(self, keys: Sequence[PageKey]) -> None:
+        prints, slots = self._prints, len(self._prints)
+        for number in _numbers(keys):
+            prints[(number & _HALF) % slots] = number >> 32
 
-    def recall(self, key: PageKey) -> bool:
-        """Whether ``key`` was remembered; it no longer is."""
-        number = int.from_bytes(key[:8], "little")
-        slot = (number & _HALF) % len(self._prints)
-        found = self._prints[slot] == number >> 32 != 0
-        if found:
-            self._prints[slot] = 0
+    def recall(self, keys: Sequence[PageKey]) -> list[bool]:
+        """Which of ``keys`` were remembered; they no longer are."""
+        prints, slots = self._prints, len(self._prints)
+        found: list[bool] = []
+        for number in _numbers(keys):
+            slot = (number & _HALF) % slots
+            known = prints[slot] == number >> 32 != 0
+            if known:
+                prints[slot] = 0
+            found.append(known)
         return found
+
+
+def _numbers(keys: Sequence[PageKey]) -> array[int]:
+    """The first eight bytes of each: keys are hashes, so that is a slot and a fingerprint."""
+    return array("Q", b"".join(keys))[::4]

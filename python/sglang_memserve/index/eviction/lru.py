@@ -43,8 +43,8 @@ class Lru:
     def take(self, evictable: Evictable) -> BlockId | None:
         return self._leaves.take(self._stamp, evictable)
 
-    def evicted(self, block: BlockId, key: PageKey) -> None:
-        """It starts anew when it comes back."""
+    def evicted(self, keys: Sequence[PageKey]) -> None:
+        """They start anew when they come back."""
 
     def removed(self, block: BlockId) -> None:
         """Its entry goes when it surfaces."""

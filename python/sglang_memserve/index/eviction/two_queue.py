@@ -38,7 +38,7 @@ class TwoQueue:
     """An ``EvictionPolicy``. Nineteen bytes a block, and an int a leaf."""
 
     def __init__(self, total_blocks: int) -> None:
-        self._total_blocks = total_blocks
+        self._set_shares(total_blocks)
         self._stamp = array("q", bytes(8 * total_blocks))
         self._clock = 0
         # When a page came, as a number of arrivals; it wraps, which no page lives to see.
@@ -50,16 +50,8 @@ class TwoQueue:
         self._protected_leaves = LeafHeap(total_blocks)
         self._ghosts = Ghosts(max(1, total_blocks))
 
-    @property
-    def _probation_limit(self) -> int:
-        return self._total_blocks // _PROBATION_SHARE
-
-    @property
-    def _settling(self) -> int:
-        return self._total_blocks // _SETTLING_SHARE
-
     def resize(self, total_blocks: int) -> None:
-        self._total_blocks = total_blocks
+        self._set_shares(total_blocks)
         more = max(0, total_blocks - len(self._stamp))
         self._stamp.frombytes(bytes(8 * more))
         self._arrival.frombytes(bytes(4 * more))
@@ -70,17 +62,22 @@ class TwoQueue:
             # A fingerprint does not tell its slot in a larger table: ghosts are forgotten.
             self._ghosts = Ghosts(total_blocks)
 
+    def _set_shares(self, total_blocks: int) -> None:
+        self._probation_limit = total_blocks // _PROBATION_SHARE
+        self._settling = total_blocks // _SETTLING_SHARE
+
     def insert(self, keys: Sequence[PageKey], blocks: Sequence[BlockId]) -> None:
         self._clock += len(blocks)
         self._arrivals = (self._arrivals + len(blocks)) & _WRAP
-        stamp, arrival, recall = self._clock, self._arrivals, self._ghosts.recall
-        for key, block in zip(keys, blocks, strict=True):
-            self._stamp[block] = stamp
+        stamp, arrival = self._clock, self._arrivals
+        stamps, arrivals, protected = self._stamp, self._arrival, self._protected
+        known = self._ghosts.recall(keys)
+        for block, proven in zip(blocks, known, strict=True):
+            stamps[block] = stamp
             stamp -= 1
-            self._arrival[block] = arrival
-            known = recall(key)
-            self._protected[block] = known
-            self._probation_pages += not known
+            arrivals[block] = arrival
+            protected[block] = proven
+        self._probation_pages += len(blocks) - sum(known)
 
     def touch(self, blocks: Sequence[BlockId]) -> None:
         self._clock += len(blocks)
@@ -111,20 +108,24 @@ class TwoQueue:
         return self._take_probation(evictable) if block is None else block
 
     def _take_probation(self, evictable: Evictable) -> BlockId | None:
-        protected = self._protected
-        return self._probation_leaves.take(
-            self._stamp, lambda block: not protected[block] and evictable(block)
-        )
+        while (block := self._probation_leaves.take(self._stamp, evictable)) is not None:
+            if not self._protected[block]:
+                self._probation_pages -= 1
+                return block
+            # Promoted, or another page than the one that was offered here.
+            self._protected_leaves.offer(block, self._stamp[block])
+        return None
 
     def _take_protected(self, evictable: Evictable) -> BlockId | None:
-        protected = self._protected
-        return self._protected_leaves.take(
-            self._stamp, lambda block: bool(protected[block]) and evictable(block)
-        )
+        while (block := self._protected_leaves.take(self._stamp, evictable)) is not None:
+            if self._protected[block]:
+                self._protected[block] = 0
+                return block
+            self._probation_leaves.offer(block, self._stamp[block])
+        return None
 
-    def evicted(self, block: BlockId, key: PageKey) -> None:
-        self._ghosts.remember(key)
-        self.removed(block)
+    def evicted(self, keys: Sequence[PageKey]) -> None:
+        self._ghosts.remember(keys)
 
     def removed(self, block: BlockId) -> None:
         self._probation_pages -= not self._protected[block]
