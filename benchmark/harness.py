@@ -28,6 +28,8 @@ sys.path.insert(0, str(ROOT / "test"))
 BENCHMARKS = (
     ("micro/kernels.py", "micro-kernels.json"),
     ("micro/pool.py", "micro-pool.json"),
+    # With --trace it also replays a recorded trace: micro-eviction.json.
+    ("micro/eviction.py", "micro-eviction-synthetic.json"),
     ("micro/global_tree.py", "micro-global-tree.json"),
     ("micro/copies.py", "micro-copies.json"),
     ("micro/transfer.py", "micro-transfer.json"),

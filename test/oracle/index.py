@@ -17,7 +17,6 @@ class Page:
     block: int
     parent: bytes | None
     stamp: int
-    arrival: int
     protected: bool
 
 
@@ -32,7 +31,6 @@ class IndexOracle:
     ghosts: dict[int, bytes] = field(default_factory=dict)
     newest: Counter[int] = field(default_factory=Counter)
     clock: int = 0
-    arrivals: int = 0
 
     def __post_init__(self) -> None:
         self.ghost_slots = self.total_blocks
@@ -62,7 +60,6 @@ class IndexOracle:
     def insert(
         self, keys: Sequence[bytes], blocks: Sequence[int], parents: Sequence[bytes | None]
     ) -> list[bytes | None]:
-        self.arrivals += len(keys)
         linked = []
         for key, block, parent in zip(keys, blocks, parents, strict=True):
             above = parent
@@ -72,17 +69,25 @@ class IndexOracle:
             known = self.ghosts.get(self.slot(key)) == key
             if known:
                 del self.ghosts[self.slot(key)]
-            self.pages[key] = Page(block, parent, 0, self.arrivals, known)
+            self.pages[key] = Page(block, parent, 0, known)
             linked.append(parent)
-        self._stamp(keys)
+        self.clock += len(keys)
+        for place, key in enumerate(keys):
+            self._stamp(key, self.clock if self.two_queues else self.clock - place)
         return linked
 
     def touch(self, keys: Sequence[bytes]) -> None:
-        self._stamp(keys)
-        for key in keys:
-            page = self.pages[key]
-            if self.arrivals - page.arrival >= self.total_blocks // 8:
-                page.protected = True
+        if self.two_queues:
+            # The clock counts arrivals only.
+            for key in keys:
+                page = self.pages[key]
+                if page.protected or self.clock - page.stamp >= self.total_blocks // 8:
+                    page.protected = True
+                    self._stamp(key, self.clock)
+        else:
+            self.clock += len(keys)
+            for place, key in enumerate(keys):
+                self._stamp(key, self.clock - place)
 
     def evict(self, count: int) -> list[bytes]:
         gone: list[bytes] = []
@@ -126,11 +131,9 @@ class IndexOracle:
     def slot(self, key: bytes) -> int:
         return (int.from_bytes(key[:8], sys.byteorder) & 0xFFFFFFFF) % self.ghost_slots
 
-    def _stamp(self, keys: Sequence[bytes]) -> None:
-        self.clock += len(keys)
-        for place, key in enumerate(keys):
-            page = self.pages[key]
-            page.stamp = self.newest[page.block] = self.clock - place
+    def _stamp(self, key: bytes, stamp: int) -> None:
+        page = self.pages[key]
+        page.stamp = self.newest[page.block] = stamp
 
     def _next(self) -> bytes | None:
         leaves = self.may_go()

@@ -10,8 +10,9 @@ After 2Q (Johnson and Shasha, VLDB 1994), changed for a forest. Every page is *o
     else:                            protected pages go first
 
 - *Just after it came* is not used again: a page is read back by the very request that stored it,
-  by the decode instance that fetches it, by the next chunk of the same prompt. So a use promotes a
-  page only when an eighth of the pool's blocks have arrived since. Counted in pages, not seconds.
+  by the decode instance that fetches it, by the next chunk of the same prompt. So a page on
+  probation is not touched by a use before an eighth of the pool's blocks have arrived since it did.
+  Stamps count arrivals, not seconds and not uses: uses between two arrivals are one.
 - *Half* leaves probation long enough for the next turn of a conversation, which comes many prompts
   later; a probation of a tenth, as for web objects, evicts a page before its first reuse.
 - A page's ancestors are used whenever it is, so they are promoted with it or before it, and the
@@ -31,18 +32,15 @@ from .heap import LeafHeap
 
 _PROBATION_SHARE = 2
 _SETTLING_SHARE = 8
-_WRAP = 0xFFFF_FFFF
 
 
 class TwoQueue:
-    """An ``EvictionPolicy``. Nineteen bytes a block, and an int a leaf."""
+    """An ``EvictionPolicy``. Thirteen bytes a block, and an int a leaf."""
 
     def __init__(self, total_blocks: int) -> None:
         self._set_shares(total_blocks)
+        # On probation: when the page came. Protected: when it was used last.
         self._stamp = array("q", bytes(8 * total_blocks))
-        self._clock = 0
-        # When a page came, as a number of arrivals; it wraps, which no page lives to see.
-        self._arrival = array("I", bytes(4 * total_blocks))
         self._arrivals = 0
         self._protected = bytearray(total_blocks)
         self._probation_pages = 0
@@ -54,7 +52,6 @@ class TwoQueue:
         self._set_shares(total_blocks)
         more = max(0, total_blocks - len(self._stamp))
         self._stamp.frombytes(bytes(8 * more))
-        self._arrival.frombytes(bytes(4 * more))
         self._protected += bytes(more)
         self._probation_leaves.resize(total_blocks)
         self._protected_leaves.resize(total_blocks)
@@ -67,26 +64,22 @@ class TwoQueue:
         self._settling = total_blocks // _SETTLING_SHARE
 
     def insert(self, keys: Sequence[PageKey], blocks: Sequence[BlockId]) -> None:
-        self._clock += len(blocks)
-        self._arrivals = (self._arrivals + len(blocks)) & _WRAP
-        stamp, arrival = self._clock, self._arrivals
-        stamps, arrivals, protected = self._stamp, self._arrival, self._protected
+        self._arrivals += len(blocks)
+        stamps, protected, now = self._stamp, self._protected, self._arrivals
         known = self._ghosts.recall(keys)
         for block, proven in zip(blocks, known, strict=True):
-            stamps[block] = stamp
-            stamp -= 1
-            arrivals[block] = arrival
+            stamps[block] = now
             protected[block] = proven
         self._probation_pages += len(blocks) - sum(known)
 
     def touch(self, blocks: Sequence[BlockId]) -> None:
-        self._clock += len(blocks)
-        stamp, now, settling = self._clock, self._arrivals, self._settling
-        stamps, arrival, protected = self._stamp, self._arrival, self._protected
+        stamps, protected, now = self._stamp, self._protected, self._arrivals
+        settled = now - self._settling
         for block in blocks:
-            stamps[block] = stamp
-            stamp -= 1
-            if not protected[block] and (now - arrival[block]) & _WRAP >= settling:
+            if protected[block]:
+                stamps[block] = now
+            elif stamps[block] <= settled:
+                stamps[block] = now
                 self._promote(block)
 
     def _promote(self, block: BlockId) -> None:
@@ -139,7 +132,6 @@ class TwoQueue:
     def move(self, source: BlockId, target: BlockId) -> None:
         # ``target`` may still have an entry of a page removed by name, and stamps must not fall.
         self.outlive(target, source)
-        self._arrival[target] = self._arrival[source]
         self._protected[target], self._protected[source] = self._protected[source], 0
 
     def clear(self) -> None:
@@ -150,7 +142,7 @@ class TwoQueue:
 
     def check(self, resident: Sequence[int], evictable: Evictable) -> None:
         protected = self._protected
-        assert all(self._stamp[block] <= self._clock for block in resident), self._clock
+        assert all(self._stamp[block] <= self._arrivals for block in resident), self._arrivals
         assert sum(protected[block] for block in resident) == sum(protected), "absent but protected"
         assert self._probation_pages == len(resident) - sum(protected), self._probation_pages
         self._probation_leaves.check(
