@@ -4,9 +4,9 @@
 
 Blocks are small (64 bytes), so that bookkeeping is measured and not memory. Times are microseconds
 for one prompt of ``--tokens`` tokens in pages of 16: wall time, and processor time of the calling
-thread, which other work on the machine disturbs less. The pool is full, so storing evicts as many
-pages as it stores. Each policy is measured in a process of its own, and memory is what the process
-grew by: all of the pool but its blocks, the keys included.
+thread, which other work on the machine disturbs less; the policies take turns. The pools are full,
+so storing evicts as many pages as it stores. Memory is what a process with one pool grew by: all of
+it but its blocks, the keys included.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import multiprocessing
 import random
 import time
-from collections.abc import Callable
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import psutil
 from sglang_memserve.config import DEFAULT_EVICTION
 from sglang_memserve.hashing import page_keys
 from sglang_memserve.mempool import MemPool
-from sglang_memserve.types import Eviction, Namespace, PageKey
+from sglang_memserve.types import BlockId, Eviction, Namespace, PageKey
 
 from benchmark.harness import report, spread
 
@@ -38,68 +38,103 @@ def chain(number: int, pages: int) -> list[PageKey]:
     return [PageKey(source.randbytes(32)) for _ in range(pages)]
 
 
-def measure_us(rounds: int, run: Callable[[int], object]) -> dict[str, dict[str, float]]:
-    wall: list[float] = []
-    thread: list[float] = []
-    for index in range(rounds):
-        start, start_thread = time.perf_counter(), time.thread_time()
-        run(index)
-        thread.append((time.thread_time() - start_thread) * 1e6)
-        wall.append((time.perf_counter() - start) * 1e6)
-    return {"wall": spread(wall, 0), "processor": spread(thread, 0)}
-
-
-def measure(pages: int, tokens: int, rounds: int, eviction: Eviction) -> dict[str, Any]:
-    size = tokens // PAGE
-    chains = pages // size
-    process = psutil.Process()
-    before = process.memory_info().rss
+def fill(pages: int, size: int, eviction: Eviction) -> MemPool:
+    total = pages // size * size
     pool = MemPool(
         NAMESPACE,
-        arena_bytes=chains * size * NAMESPACE.block_bytes,
+        arena_bytes=total * NAMESPACE.block_bytes,
         generation="benchmark",
         eviction=eviction,
     )
-    for number in range(chains):
+    for number in range(total // size):
         pool.prepare_store(chain(number, size)).commit()
         if number % 64 == 0:
             pool.drain_events()
     pool.drain_events()
-    grown = process.memory_info().rss - before
+    return pool
+
+
+def bytes_per_page(pages: int, size: int, eviction: Eviction) -> float:
+    process = psutil.Process()
+    before = process.memory_info().rss
+    pool = fill(pages, size, eviction)
+    grown: float = process.memory_info().rss - before
+    return round(grown / pool.total_blocks, 1)
+
+
+class Verbs:
+    """Every verb on one pool; those of one number belong together and run in this order."""
+
+    def __init__(self, pool: MemPool, size: int, rounds: int) -> None:
+        self.pool = pool
+        chains = pool.total_blocks // size
+        # Keys of pages that are there are made anew: equal, but not the same objects.
+        order = random.Random(2)
+        known = [order.randrange(chains // 2, chains) for _ in range(rounds)]
+        self.known = [chain(number, size) for number in known]
+        self.fresh = [chain(chains + number, size) for number in range(2 * rounds)]
+        self.size = size
+        self.blocks: list[BlockId] = []
+
+    def match(self, number: int) -> None:
+        self.pool.match(self.known[number])
+
+    def acquire(self, number: int) -> None:
+        self.lease = self.pool.acquire(self.known[number], owner="o", ttl_s=600)
+
+    def release(self, number: int) -> None:
+        self.lease.release()
+
+    def prepare_store(self, number: int) -> None:
+        self.store = self.pool.prepare_store(self.fresh[2 * number])
+
+    def commit(self, number: int) -> None:
+        self.store.commit()
+
+    def alloc_mem(self, number: int) -> None:
+        self.blocks = self.pool.alloc_mem(self.size)
+
+    def insert(self, number: int) -> None:
+        self.pool.insert(self.fresh[2 * number + 1], self.blocks)
+
+
+VERBS = ("match", "acquire", "release", "prepare_store", "commit", "alloc_mem", "insert")
+
+
+def time_us(sides: dict[str, Verbs], rounds: int) -> dict[str, Any]:
+    wall: dict[tuple[str, str], list[float]] = defaultdict(list)
+    processor: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for number in range(rounds):
+        for verb in VERBS:
+            for name, side in sides.items():
+                run = getattr(side, verb)
+                start, start_thread = time.perf_counter(), time.thread_time()
+                run(number)
+                processor[name, verb].append((time.thread_time() - start_thread) * 1e6)
+                wall[name, verb].append((time.perf_counter() - start) * 1e6)
+        for side in sides.values():
+            side.pool.drain_events()
+    return {
+        name: {
+            verb: {
+                "wall": spread(wall[name, verb], 0),
+                "processor": spread(processor[name, verb], 0),
+            }
+            for verb in VERBS
+        }
+        for name in sides
+    }
+
+
+def time_keys_us(tokens: int, rounds: int) -> dict[str, float]:
     chance = random.Random(1)
-    words = [[chance.randrange(1 << 17) for _ in range(tokens)] for _ in range(rounds)]
-    times = {"keys of the tokens": measure_us(rounds, lambda i: page_keys(words[i], PAGE))}
-    times |= time_verbs(pool, chains, size, rounds)
-    return {"pages": chains * size, "bytes_per_page": round(grown / chains / size, 1), "us": times}
-
-
-def time_verbs(pool: MemPool, chains: int, size: int, rounds: int) -> dict[str, Any]:
-    # Keys of pages that are there are made anew: equal, but not the same objects.
-    order = random.Random(2)
-    known = [chain(order.randrange(chains // 2, chains), size) for _ in range(rounds)]
-    fresh = [chain(chains + number, size) for number in range(3 * rounds)]
-    times: dict[str, Any] = {"match": measure_us(rounds, lambda i: pool.match(known[i]))}
-    leases = []
-    times["acquire"] = measure_us(
-        rounds, lambda i: leases.append(pool.acquire(known[i], owner="o", ttl_s=600))
-    )
-    times["release"] = measure_us(rounds, lambda i: leases[i].release())
-    stores = []
-    times["prepare_store, evicting as many"] = measure_us(
-        rounds, lambda i: stores.append(pool.prepare_store(fresh[i]))
-    )
-    times["commit"] = measure_us(rounds, lambda i: stores[i].commit())
-    times["both"] = measure_us(rounds, lambda i: pool.prepare_store(fresh[rounds + i]).commit())
-    blocks = []
-    times["alloc_mem, evicting as many"] = measure_us(
-        rounds, lambda i: blocks.append(pool.alloc_mem(size))
-    )
-    times["insert"] = measure_us(rounds, lambda i: pool.insert(fresh[2 * rounds + i], blocks[i]))
-    pool.drain_events()
-    times["snapshot of all pages"] = measure_us(1, lambda _: pool.snapshot())
-    times["clear of all pages"] = measure_us(1, lambda _: pool.clear())
-    pool.close()
-    return times
+    samples = []
+    for _ in range(rounds):
+        words = [chance.randrange(1 << 17) for _ in range(tokens)]
+        start = time.thread_time()
+        page_keys(words, PAGE)
+        samples.append((time.thread_time() - start) * 1e6)
+    return spread(samples, 0)
 
 
 def main() -> None:
@@ -110,14 +145,25 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     started = time.monotonic()
-    results: dict[str, Any] = {"default": DEFAULT_EVICTION.value, "tokens": options.tokens}
+    size = options.tokens // PAGE
     context = multiprocessing.get_context("spawn")
+    memory = {}
     for eviction in Eviction:
         with context.Pool(1) as workers:
-            job = workers.apply_async(
-                measure, (options.pages, options.tokens, options.rounds, eviction)
-            )
-            results[eviction.value] = job.get(timeout=LIMIT_S)
+            job = workers.apply_async(bytes_per_page, (options.pages, size, eviction))
+            memory[eviction.value] = job.get(timeout=LIMIT_S)
+    sides = {
+        eviction.value: Verbs(fill(options.pages, size, eviction), size, options.rounds)
+        for eviction in Eviction
+    }
+    results = {
+        "default_eviction": DEFAULT_EVICTION.value,
+        "tokens": options.tokens,
+        "pages": options.pages // size * size,
+        "bytes_per_page": memory,
+        "keys_us": time_keys_us(options.tokens, options.rounds),
+        "verbs_us": time_us(sides, options.rounds),
+    }
     report("pool", results, started, options.json)
 
 
