@@ -1,6 +1,7 @@
 """Pages between a device pool in host memory and blocks, against memcpy of the same bytes.
 
-Everything runs on one thread, in turns, so that noise hits all alike. memcpy is one call over
+Everything runs on one thread, in turns, and the thread's own processor time counts, so that other
+work on the machine costs little but cache and bandwidth. memcpy is one call over
 contiguous memory of the same total. Each repetition uses other pages than the one before, so that
 small copies do not find their bytes in the cache. "contiguous": neighbouring pages to neighbouring
 blocks; "scattered": both in random order.
@@ -42,9 +43,12 @@ Run = Callable[[list[int], list[int]], None]
 def make_pool(pages: int) -> PoolTensors:
     def tensors() -> list[torch.Tensor]:
         shape = (pages * LAYOUT.page_size_tokens, LAYOUT.num_kv_heads, LAYOUT.head_dim)
-        return [torch.ones(shape, dtype=torch.bfloat16) for _ in range(LAYOUT.num_layers)]
+        return [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(LAYOUT.num_layers)]
 
-    return PoolTensors(LAYOUT, tensors(), tensors())
+    made = PoolTensors(LAYOUT, tensors(), tensors())
+    # As DevicePool does with the engine's tensors.
+    made.prefer_huge_pages()
+    return made
 
 
 def contenders(tensors: PoolTensors, arena: Arena) -> dict[str, Run]:
@@ -87,10 +91,10 @@ def compare(runs: dict[str, Run], total: int, count: int, order: str, repeat: in
         names = list(runs)
         source.shuffle(names)
         for name in names:
-            start = time.perf_counter()
+            start = time.thread_time()
             for blocks, pages in pairs:
                 runs[name](blocks, pages)
-            seconds[name].append((time.perf_counter() - start) / calls)
+            seconds[name].append((time.thread_time() - start) / calls)
     nbytes = count * LAYOUT.block_bytes
     ratios = {
         name: round(

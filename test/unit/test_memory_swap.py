@@ -10,7 +10,7 @@ import pytest
 import torch
 from oracle.pages import PagedPool
 from sglang_memserve.errors import ConfigError, CopyStalled
-from sglang_memserve.memory import swap
+from sglang_memserve.memory import huge_pages, swap
 from sglang_memserve.memory.arena import Arena
 from sglang_memserve.memory.copies.base import PoolTensors, RowPlan, neighbours
 from sglang_memserve.memory.copies.choice import Ways, for_accelerator
@@ -133,3 +133,14 @@ def test_a_wait_has_an_end() -> None:
     with pytest.raises(CopyStalled, match="1 of 2 steps"):
         wait([Event(0), Event(1 << 60)], timeout_s=0.02)
     assert time.monotonic() - start >= 0.02
+
+
+def test_huge_pages_change_no_byte() -> None:
+    """Any range may be asked for; whether the kernel has them is its own business."""
+    data = torch.arange(1 << 19)
+    if not huge_pages.prefer(data.data_ptr(), data.nbytes):
+        pytest.skip("a kernel without transparent huge pages")
+    assert torch.equal(data, torch.arange(1 << 19))
+    assert not huge_pages.prefer(4096 * 7 + 1, 4096)
+    # Nothing is mapped there, so nothing is done.
+    assert not huge_pages.prefer(1 << 46, 1 << 22)

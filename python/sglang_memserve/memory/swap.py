@@ -49,10 +49,10 @@ class DevicePool:
         self._pins: PinnedRanges | None = None
         if self.is_accelerator:
             self._copies, self._pins = for_accelerator(tensors, ways or Ways())
-        elif (ops := native()) is not None:
-            self._copies = NativeCopies(tensors, ops)
         else:
-            self._copies = CpuCopies(tensors)
+            tensors.prefer_huge_pages()
+            ops = native()
+            self._copies = CpuCopies(tensors) if ops is None else NativeCopies(tensors, ops)
 
     # -- pinning: for whoever owns the arena --
 

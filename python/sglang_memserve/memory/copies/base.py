@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...errors import ConfigError
+from .. import huge_pages
 from ..arena import Arena
 from ..layout import BlockLayout
 
@@ -98,6 +99,11 @@ class PoolTensors:
         ]
         self.num_pages = min(len(rows) for rows in self.rows)
         self._views: ArenaViews | None = None
+
+    def prefer_huge_pages(self) -> None:
+        """For tensors in host memory."""
+        for rows in self.rows:
+            huge_pages.prefer(rows.data_ptr(), rows.nbytes)
 
     @property
     def word(self) -> torch.dtype:
