@@ -22,7 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sglang_memserve.mempool import MemPool, PoolLease
-from sglang_memserve.protocol.control import FetchReply, FetchRequest, Source, StatsReply, StatsRequest
+from sglang_memserve.protocol.control import (
+    FetchReply,
+    FetchRequest,
+    Source,
+    StatsReply,
+    StatsRequest,
+)
 from sglang_memserve.transfer.agent import RankAgent
 from sglang_memserve.transfer.client import LocalClient
 from sglang_memserve.transfer.nixl import NixlTransport
