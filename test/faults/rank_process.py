@@ -52,7 +52,7 @@ class Setup:
     blocks: int
     environment: Mapping[str, str]
     peer_port: int = 0
-    reply_timeout_s: float = 1.0
+    reply_timeout_s: float = 5.0
     lease_ttl_s: float = 30.0
 
 

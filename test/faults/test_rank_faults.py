@@ -62,17 +62,17 @@ def test_holder_is_killed_in_mid_read(ranks: Ranks) -> None:
 
 
 def test_reader_is_killed_in_mid_read(ranks: Ranks) -> None:
-    holder = ranks.start("holder", blocks=MANY, environment=SLOW, lease_ttl_s=2.0)
-    reader = ranks.start("reader", blocks=MANY, environment=SLOW, lease_ttl_s=2.0)
+    holder = ranks.start("holder", blocks=MANY, environment=SLOW, lease_ttl_s=4.0)
+    reader = ranks.start("reader", blocks=MANY, environment=SLOW, lease_ttl_s=4.0)
     holder.call("fill", chain="long", pages=MANY)
     begin_long_read(reader, holder)
-    assert holder.state()["transfer_leases_held_by_peers"] > 0
     reader.kill()
+    assert holder.state()["transfer_leases_held_by_peers"] > 0
     # Its leases end by themselves, and what they pinned may go.
     holder.expect_sound(connections=0)
     assert holder.call("fill", chain="other", pages=MANY) == MANY
     assert holder.call("wrong_pages", chain="other", pages=MANY) == []
-    still_serves(ranks, holder, SLOW, lease_ttl_s=2.0)
+    still_serves(ranks, holder, SLOW, lease_ttl_s=4.0)
     holder.quit()
 
 
@@ -89,7 +89,7 @@ def test_holder_is_frozen_for_longer_than_the_deadline(
         reply = reader.fetch(holder, chain="cold", pages=FEW, wait_s=0.5, deadline_s=2.0)
         assert reply["outcome"] in ("peer_unreachable", "deadline"), reply
         assert reply["readable"] == FEW // 2
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10
     # It thaws, answers what was asked long ago, and is a good peer again.
     reply = reader.fetch(holder, chain="cold", pages=FEW)
     assert reply["outcome"] == "complete", reply

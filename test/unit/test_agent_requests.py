@@ -106,11 +106,10 @@ def test_an_expired_lease_is_not_valid(ranks: Callable[..., Rank]) -> None:
     ("changes", "kind"),
     [
         ({"generation": "another boot"}, "LeaseInvalid"),
-        ({"ttl_s": 1e9}, "LimitExceeded"),
-        ({"ttl_s": 0.0}, "LimitExceeded"),
-        ({"ttl_s": float("nan")}, "LimitExceeded"),
-        ({"wait_s": -1.0}, "LimitExceeded"),
-        ({"wait_s": float("inf")}, "LimitExceeded"),
+        ({"ttl_s": 0.0}, "ProtocolError"),
+        ({"ttl_s": float("nan")}, "ProtocolError"),
+        ({"wait_s": -1.0}, "ProtocolError"),
+        ({"wait_s": float("nan")}, "ProtocolError"),
         ({"keys": [bytes(32)] * 70_000}, "LimitExceeded"),
         ({"keys": [bytes(31)]}, "ProtocolError"),
     ],
@@ -123,6 +122,16 @@ def test_lease_requests_that_are_refused(
         reply = asker.ask(lease(holder, **changes))  # type: ignore[arg-type]
         assert isinstance(reply, ErrorReply) and reply.kind == kind
         assert asker.ask(lease(holder)) == LeaseReply(0, [], [])
+
+
+def test_who_asks_for_a_longer_lease_gets_the_holders_bound(ranks: Callable[..., Rank]) -> None:
+    holder = ranks(serve_limits=ServeLimits(ttl_s=0.05, wait_s=0.05))
+    with Asker(holder.agent.peer_address) as asker:
+        assert asker.ask(lease(holder, wait_s=1e9)) == LeaseReply(0, [], [])
+        put(holder.pool, KEYS[:6])
+        granted = asker.ask(lease(holder, ttl_s=1e9))
+        assert isinstance(granted, LeaseReply) and granted.addresses
+        until(lambda: holder.pool.stats()["pinned_blocks"] == 0)
 
 
 def test_waiting_lease_requests_are_bounded_and_end(ranks: Callable[..., Rank]) -> None:

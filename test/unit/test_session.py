@@ -187,7 +187,18 @@ def test_a_lease_that_makes_no_sense_is_given_back(
         assert link.sent[-1][1] == ReleaseRequest("boot", 9)
 
 
-def test_idle_peers_are_forgotten_and_greeted_again(bench: Bench) -> None:
+def test_idle_peers_are_forgotten_and_greeted_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transport keeps the connection: NIXL would leave a socket behind with each."""
+    connects: list[bytes] = []
+    connect = bench.transport.connect
+
+    def count(metadata: bytes) -> str:
+        connects.append(metadata)
+        return connect(metadata)
+
+    monkeypatch.setattr(bench.transport, "connect", count)
     bench.submit("tcp://a:1", pages=2)
     bench.serve("tcp://a:1")
     bench.pass_time(9.0)
@@ -197,6 +208,7 @@ def test_idle_peers_are_forgotten_and_greeted_again(bench: Bench) -> None:
     bench.submit("tcp://a:1")
     bench.serve("tcp://a:1")
     assert bench.replies[-1].outcome == "complete"
+    assert len(connects) == 1
 
 
 def test_peers_in_use_are_bounded(bench: Bench) -> None:
