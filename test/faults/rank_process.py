@@ -30,13 +30,15 @@ from sglang_memserve.protocol.control import (
     StatsRequest,
 )
 from sglang_memserve.transfer.agent import RankAgent
+from sglang_memserve.transfer.base import Transport
 from sglang_memserve.transfer.client import LocalClient
+from sglang_memserve.transfer.faulty import Faults, FaultyTransport
 from sglang_memserve.transfer.nixl import NixlTransport
 from sglang_memserve.transfer.peers import PeerLimits
+from sglang_memserve.transfer.port import FetchSettings
 from sglang_memserve.transfer.serve import ServeLimits
 from sglang_memserve.transfer.session import SessionLimits
-from sglang_memserve.transfer.state import FetchSettings
-from sglang_memserve.types import Namespace, PageKey
+from sglang_memserve.types import Checksums, Namespace, PageKey
 
 # SmolLM2-135M in bf16: 368,640 bytes a page, so that a read of some hundred lasts a while.
 NAMESPACE = Namespace("faults", "1", "bfloat16", 16, 30, 3, 64, 64, 0, 1)
@@ -52,6 +54,8 @@ class Setup:
     blocks: int
     environment: Mapping[str, str]
     peer_port: int = 0
+    faults: Faults | None = None
+    checksums: Checksums = Checksums.OFF
     reply_timeout_s: float = 5.0
     lease_ttl_s: float = 30.0
 
@@ -72,11 +76,15 @@ class Rank:
             NAMESPACE,
             arena_bytes=setup.blocks * NAMESPACE.block_bytes,
             generation=setup.generation,
+            checksums=setup.checksums,
         )
+        transport: Transport = NixlTransport(setup.generation)
+        if setup.faults is not None:
+            transport = FaultyTransport(transport, setup.faults, seed=0)
         self._local_path = folder / "rank.sock"
         self.agent = RankAgent(
             self.pool,
-            NixlTransport(setup.generation),
+            transport,
             namespace=NAMESPACE,
             instance_id=f"http://{setup.name}",
             generation=setup.generation,
@@ -107,7 +115,7 @@ class Rank:
         with self.pool.prepare_store(keys[first:], parent=parent) as store:
             for index, block in store.missing:
                 self._words(block)[:] = page_bytes(keys[first + index])
-            store.commit()
+            store.commit(checksums=self.pool.compute_checksums([b for _, b in store.missing]))
             return len(store.missing)
 
     def begin_fetch(
@@ -194,7 +202,8 @@ class Rank:
         self.pool.close()
 
     def _words(self, block: int) -> NDArray[np.uint64]:
-        return self.pool.arena.view[block].view(np.uint64)
+        words: NDArray[np.uint64] = self.pool.arena.view[block].view(np.uint64)
+        return words
 
 
 def main(setup: Setup, pipe: Connection) -> None:

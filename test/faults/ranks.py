@@ -111,16 +111,16 @@ class RankProcess:
             time.sleep(0.005)
         return value
 
-    def expect_sound(self, *, connections: int, limit_s: float = 20.0) -> None:
-        """Soon: nothing leased, filling or read, no thread more than at first, the agent alive, and
-        no socket more than at first but for one of UCX for each of ``connections``, the ranks alive
-        that it reads from or that read from it: NIXL 1.5 has no way to close these while both
-        live (its issue 2025). Invariants of the pool are checked every time."""
+    def expect_sound(self, *, connections: int, threads: int = 0, limit_s: float = 20.0) -> None:
+        """Soon: nothing leased, filling or read, at most ``threads`` more than at first, the agent
+        alive, and no socket more than at first but for one of UCX for each of ``connections``, the
+        ranks alive that it reads from or that read from it: NIXL 1.5 has no way to close these
+        while both live (its issue 2025). Invariants of the pool are checked every time."""
         until = time.monotonic() + limit_s
         while True:
             state = self.state()
             left = {name: state[name] for name in _NOTHING_LEFT if state[name]}
-            for name, more in (("threads", 0), ("sockets", connections)):
+            for name, more in (("threads", threads), ("sockets", connections)):
                 if state[name] > self.first[name] + more:
                     left[name] = state[name] - self.first[name]
             if not left:
@@ -139,6 +139,11 @@ class RankProcess:
         os.kill(self._process.pid, signal.SIGKILL)
         self._process.join(LIMIT_S)
         assert self._process.exitcode == -signal.SIGKILL
+
+    def await_death(self) -> None:
+        """Of a process that kills itself."""
+        self._process.join(LIMIT_S)
+        assert self._process.exitcode == -signal.SIGKILL, self._process.exitcode
 
     def stop(self) -> None:
         assert self._process.pid is not None
