@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 _HERE = Path(__file__).parent
-_ORDER = ("unit", "property", "contract", "simulation", "architecture", "gpu", "integration")
+_ORDER = (
+    "unit",
+    "property",
+    "contract",
+    "simulation",
+    "architecture",
+    "gpu",
+    "faults",
+    "integration",
+)
 
 
 def _folder(item: pytest.Item) -> str:

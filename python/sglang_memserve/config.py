@@ -46,7 +46,8 @@ class Limits:
     ``max_leased_bytes_per_peer``, and ``max_parked`` requests that wait for pages. Of fetches:
     ``max_fetches`` run and ``max_queued_fetches`` wait; each names at most ``max_sources``, has
     ``max_rounds`` leases of a source at a time, and ``max_reading_bytes_per_peer`` are on their
-    way. Ended fetches pin at most ``max_grace_leases`` and ``grace_share`` of all blocks.
+    way. Ended fetches pin at most ``max_grace_leases`` and ``grace_share`` of all blocks. At most
+    ``max_peers`` are known; one without use is hung up on after ``peer_idle_s``.
     """
 
     lease_ttl_s: float = 30.0
@@ -66,6 +67,8 @@ class Limits:
     max_reading_bytes_per_peer: int = 1 << 30
     max_grace_leases: int = 64
     grace_share: float = 0.25
+    max_peers: int = 256
+    peer_idle_s: float = 60.0
 
     def __post_init__(self) -> None:
         for item in fields(self):

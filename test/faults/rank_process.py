@@ -14,13 +14,14 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sglang_memserve.config import Limits
 from sglang_memserve.mempool import MemPool, PoolLease
 from sglang_memserve.protocol.control import (
     FetchReply,
@@ -34,10 +35,7 @@ from sglang_memserve.transfer.base import Transport
 from sglang_memserve.transfer.client import LocalClient
 from sglang_memserve.transfer.faulty import Faults, FaultyTransport
 from sglang_memserve.transfer.nixl import NixlTransport
-from sglang_memserve.transfer.peers import PeerLimits
 from sglang_memserve.transfer.port import FetchSettings
-from sglang_memserve.transfer.serve import ServeLimits
-from sglang_memserve.transfer.session import SessionLimits
 from sglang_memserve.types import Checksums, Namespace, PageKey
 
 # SmolLM2-135M in bf16: 368,640 bytes a page, so that a read of some hundred lasts a while.
@@ -78,6 +76,12 @@ class Rank:
             generation=setup.generation,
             checksums=setup.checksums,
         )
+        limits = Limits(
+            lease_ttl_s=setup.lease_ttl_s,
+            connect_timeout_s=setup.reply_timeout_s,
+            # Links to peers that are not used go soon, so that a test can see whether all went.
+            peer_idle_s=0.5,
+        )
         transport: Transport = NixlTransport(setup.generation)
         if setup.faults is not None:
             transport = FaultyTransport(transport, setup.faults, seed=0)
@@ -92,14 +96,8 @@ class Rank:
             host="127.0.0.1",
             peer_port=setup.peer_port,
             local_path=self._local_path,
-            settings=FetchSettings(
-                grace_s=0.05,
-                reply_timeout_s=setup.reply_timeout_s,
-                max_lease_ttl_s=setup.lease_ttl_s,
-            ),
-            # Links to peers that are not used go soon, so that a test can see whether all went.
-            session_limits=SessionLimits(peers=PeerLimits(idle_s=0.5)),
-            serve_limits=ServeLimits(ttl_s=setup.lease_ttl_s),
+            settings=replace(FetchSettings.of(limits), grace_s=0.05),
+            limits=limits,
         )
         self._fetch: Future[FetchReply] | None = None
         self._leases: list[PoolLease] = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from sglang_memserve.config import Limits
 from sglang_memserve.errors import TransferFailed
 from sglang_memserve.mempool import MemPool
 from sglang_memserve.protocol.control import (
@@ -23,7 +24,7 @@ from sglang_memserve.protocol.control import (
 )
 from sglang_memserve.transfer.base import ReadState
 from sglang_memserve.transfer.members import Membership, MembershipLimits, State
-from sglang_memserve.transfer.peers import Peer, PeerLimits, PeerTable
+from sglang_memserve.transfer.peers import Peer, PeerTable
 from sglang_memserve.types import Namespace
 
 NAMESPACE = Namespace("m", "1", "float16", 4, 1, 1, 8, 8, 0, 1)
@@ -37,7 +38,7 @@ LIMITS = MembershipLimits(
     retry_most_s=4.0,
     leave_s=3.0,
 )
-PEERS = PeerLimits(count=6, idle_s=5.0)
+PEERS = Limits(max_peers=6, peer_idle_s=5.0)
 HOSTS = ("tcp://a:1", "tcp://b:1", "tcp://c:1", "tcp://d:1")
 VALID_S = 20.0
 
@@ -202,7 +203,7 @@ class World(RuleBasedStateMachine):
 
     # -- fetches --
 
-    @precondition(lambda self: len(self.fetching) < PEERS.count - LIMITS.members - 1)
+    @precondition(lambda self: len(self.fetching) < PEERS.max_peers - LIMITS.members - 1)
     @rule(address=st.sampled_from(HOSTS))
     def begin_fetch(self, address: str) -> None:
         self.table.obtain(address, self.now)

@@ -125,7 +125,7 @@ def test_lease_requests_that_are_refused(
 
 
 def test_who_asks_for_a_longer_lease_gets_the_holders_bound(ranks: Callable[..., Rank]) -> None:
-    holder = ranks(serve_limits=ServeLimits(ttl_s=0.05, wait_s=0.05))
+    holder = ranks(limits=Limits(lease_ttl_s=0.05, lease_wait_s=0.05))
     with Asker(holder.agent.peer_address) as asker:
         assert asker.ask(lease(holder, wait_s=1e9)) == LeaseReply(0, [], [])
         put(holder.pool, KEYS[:6])

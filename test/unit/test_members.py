@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from sglang_memserve.config import Limits
 from sglang_memserve.errors import ProtocolError
 from sglang_memserve.mempool import MemPool
 from sglang_memserve.protocol.control import ErrorReply, Hello, HelloReply, Message, PeerEntry
 from sglang_memserve.transfer.faulty import Faults, FaultyTransport
 from sglang_memserve.transfer.loopback import LoopbackTransport
 from sglang_memserve.transfer.members import Membership, MembershipLimits, State
-from sglang_memserve.transfer.peers import PeerLimits, PeerTable
+from sglang_memserve.transfer.peers import PeerTable
 from sglang_memserve.types import Namespace, PageKey
 
 NAMESPACE = Namespace("m", "1", "float16", 4, 1, 1, 8, 8, 0, 1)
@@ -52,7 +53,7 @@ class Bench:
         self.links: dict[str, FakeLink] = {}
         hello = Hello(1, "http://me", "me", NAMESPACE)
         self.table = PeerTable(
-            self.transport, hello, self.open_link, PeerLimits(count=8), in_use=lambda _: False
+            self.transport, hello, self.open_link, Limits(max_peers=8), in_use=lambda _: False
         )
         self.members = Membership(self.table, self.pool, self.transport, hello, LIMITS)
 

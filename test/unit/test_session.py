@@ -21,7 +21,6 @@ from sglang_memserve.protocol.control import (
     ReleaseRequest,
 )
 from sglang_memserve.transfer.loopback import LoopbackTransport
-from sglang_memserve.transfer.peers import PeerLimits
 from sglang_memserve.transfer.port import FetchSettings
 from sglang_memserve.transfer.session import Sessions
 from sglang_memserve.transfer.verify import InlineVerifier
@@ -31,7 +30,9 @@ NAMESPACE = Namespace("m", "1", "float16", 4, 1, 1, 8, 8, 0, 1)
 KEYS = [PageKey(bytes([index + 1]) * 32) for index in range(8)]
 HELLO = Hello(1, "reader", "reader", NAMESPACE)
 BLOCK = NAMESPACE.block_bytes
-LIMITS = Limits(max_fetches=2, max_queued_fetches=2, max_grace_leases=3)
+LIMITS = Limits(
+    max_fetches=2, max_queued_fetches=2, max_grace_leases=3, max_peers=2, peer_idle_s=10.0
+)
 
 
 class FakeLink:
@@ -77,7 +78,6 @@ class Bench:
             verifier=InlineVerifier(),
             settings=FetchSettings(),
             limits=limits,
-            peer_limits=PeerLimits(2, 10.0),
         )
 
     def open_link(self, address: str) -> FakeLink:

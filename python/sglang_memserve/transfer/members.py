@@ -57,7 +57,7 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class MembershipLimits:
-    """``members`` must stay below ``PeerLimits.count``: fetches from others need room too.
+    """``members`` must stay below ``Limits.max_peers``: fetches from others need room too.
     ``at_a_time``: learning a peer keeps the agent's thread busy for tens of milliseconds."""
 
     members: int = 192
@@ -104,7 +104,7 @@ class Membership:
         limits: MembershipLimits | None = None,
     ) -> None:
         self.limits = limits or MembershipLimits()
-        assert self.limits.members < peers.limits.count, (self.limits, peers.limits)
+        assert self.limits.members < peers.limits.max_peers, (self.limits, peers.limits)
         self._peers = peers
         self._pool = pool
         self._transport = transport

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from ..config import Limits
 from ..errors import LimitExceeded
 from ..protocol import handshake
 from ..protocol.control import Hello, HelloReply, Message
@@ -28,14 +29,6 @@ class Link(Protocol):
     def send(self, request_id: int, message: Message) -> None: ...
 
     def close(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class PeerLimits:
-    """``count``: peers known at the same time; ``idle_s``: how long one is kept without use."""
-
-    count: int = 256
-    idle_s: float = 60.0
 
 
 @dataclass(slots=True, eq=False)
@@ -58,7 +51,7 @@ class PeerTable:
         transport: Transport,
         hello: Hello,
         open_link: Callable[[str], Link],
-        limits: PeerLimits,
+        limits: Limits,
         *,
         in_use: Callable[[Peer], bool],
     ) -> None:
@@ -68,7 +61,7 @@ class PeerTable:
         self._open_link = open_link
         self._keepers = [in_use]
         self._peers: dict[str, Peer] = {}
-        # Connections without a link, by address, the longest idle first; at most ``count``.
+        # Connections without a link, by address, the longest idle first; at most ``max_peers``.
         self._idle: dict[str, Greeting] = {}
         self._next_request = 1
 
@@ -92,9 +85,9 @@ class PeerTable:
         is none."""
         peer = self._peers.get(address)
         if peer is None:
-            if len(self._peers) >= self.limits.count:
+            if len(self._peers) >= self.limits.max_peers:
                 self._forget_idle(now, 0.0)
-            if len(self._peers) >= self.limits.count:
+            if len(self._peers) >= self.limits.max_peers:
                 raise LimitExceeded(f"{len(self._peers)} peers are in use")
             peer = Peer(address, self._open_link(address), now)
             peer.connected = self._idle.pop(address, None)
@@ -142,7 +135,7 @@ class PeerTable:
         return True
 
     def on_time(self, now: float) -> None:
-        self._forget_idle(now, self.limits.idle_s)
+        self._forget_idle(now, self.limits.peer_idle_s)
 
     def close(self) -> None:
         """The transport is closed by its owner, which ends the connections."""
@@ -154,8 +147,8 @@ class PeerTable:
         return {"peers": len(self._peers)}
 
     def check(self) -> None:
-        assert len(self._peers) <= self.limits.count
-        assert len(self._idle) <= self.limits.count
+        assert len(self._peers) <= self.limits.max_peers
+        assert len(self._idle) <= self.limits.max_peers
         assert not self._idle.keys() & self._peers.keys()
         for address, peer in self._peers.items():
             assert peer.address == address
@@ -166,7 +159,7 @@ class PeerTable:
             if now - peer.used_s < idle_s or not self._unlink(peer) or peer.connected is None:
                 continue
             self._idle[peer.address] = peer.connected
-            if len(self._idle) > self.limits.count:
+            if len(self._idle) > self.limits.max_peers:
                 longest = next(iter(self._idle))
                 self._transport.disconnect(self._idle.pop(longest).transport_name)
 

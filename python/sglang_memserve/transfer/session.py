@@ -24,7 +24,7 @@ from ..protocol.control import (
 from .base import Pool, ReadState, Store, Transport
 from .grace import GracePins
 from .outcome import Ending, Outcome, ending_of
-from .peers import Link, Peer, PeerLimits, PeerTable
+from .peers import Link, Peer, PeerTable
 from .port import FetchSettings, Greeting
 from .state import Fetch
 from .verify import Verifier
@@ -85,7 +85,6 @@ class Sessions:
         verifier: Verifier,
         settings: FetchSettings,
         limits: Limits,
-        peer_limits: PeerLimits | None = None,
     ) -> None:
         self.counts = SessionCounts()
         self.limits = limits
@@ -93,9 +92,7 @@ class Sessions:
         self._transport = transport
         self._hello = hello
         self._settings = settings
-        self.peers = PeerTable(
-            transport, hello, open_link, peer_limits or PeerLimits(), in_use=self._in_use
-        )
+        self.peers = PeerTable(transport, hello, open_link, limits, in_use=self._in_use)
         self._active: list[_Active] = []
         self._queue: deque[_Queued] = deque()
         self._requests: dict[int, tuple[_Active, int]] = {}
