@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sglang_memserve.errors import TransferFailed
+from sglang_memserve.errors import LimitExceeded, TransferFailed
 from sglang_memserve.mempool import MemPool
 from sglang_memserve.protocol.control import (
     ErrorReply,
@@ -165,6 +165,8 @@ class Port:
     def read(self, name: str, remote: Sequence[int], local: Sequence[int]) -> int:
         if self.world.refuse_connections:
             raise TransferFailed("refused")
+        if self.world.no_room:
+            raise LimitExceeded("too much is being read")
         self.world.next_read += 1
         self.world.reads[self.world.next_read] = Read(
             self, name, list(zip(remote, local, strict=True))
@@ -201,6 +203,7 @@ class World(RuleBasedStateMachine):
         self.next_request = 0
         self.next_read = 0
         self.refuse_connections = False
+        self.no_room = False
         self.lost_leases: set[tuple[int, int]] = set()
         self.next_ticket = 0
         self.holders = [Holder(number, checksums=checksums) for number in range(HOLDERS)]
@@ -380,9 +383,13 @@ class World(RuleBasedStateMachine):
             read.abandoned.abort()
         self.fetches[read.asker.number].on_read_ended(handle, state, self.now)
 
-    @rule(refuse=st.booleans())
+    @rule(refuse=st.sampled_from([False, False, True]))
     def refuse(self, refuse: bool) -> None:
         self.refuse_connections = refuse
+
+    @rule(no_room=st.sampled_from([False, False, True]))
+    def leave_no_room(self, no_room: bool) -> None:
+        self.no_room = no_room
 
     # -- the network --
 
@@ -422,6 +429,7 @@ class World(RuleBasedStateMachine):
 
     @rule()
     def all_goes_well(self) -> None:
+        self.refuse_connections = self.no_room = False
         for _ in range(3):
             self.deliver_everything()
             self.complete_reads()
