@@ -51,9 +51,14 @@ class Bench:
         self.transport = FaultyTransport(inner, faults or Faults(), seed=1)
         self.transport.register(self.pool.arena_base, self.pool.arena_bytes)
         self.links: dict[str, FakeLink] = {}
+        self.fetching: set[str] = set()
         hello = Hello(1, "http://me", "me", NAMESPACE)
         self.table = PeerTable(
-            self.transport, hello, self.open_link, Limits(max_peers=8), in_use=lambda _: False
+            self.transport,
+            hello,
+            self.open_link,
+            Limits(max_peers=8),
+            in_use=lambda p: p.address in self.fetching,
         )
         self.members = Membership(self.table, self.pool, self.transport, hello, LIMITS)
 
@@ -240,6 +245,19 @@ def test_one_that_left_is_forgotten_a_little_later(bench: Bench) -> None:
     assert bench.table.get(A) is None
 
 
+def test_one_that_left_while_a_fetch_runs_is_forgotten_when_it_ends(bench: Bench) -> None:
+    bench.set(A)
+    bench.answer(A)
+    bench.read()
+    bench.fetching.add(A)
+    bench.set()
+    bench.pass_time(6.0)
+    assert bench.members.state(A) is None and not bench.links[A].closed
+    bench.fetching.clear()
+    bench.pass_time(0.1)
+    assert bench.links[A].closed and bench.table.get(A) is None
+
+
 def test_another_boot_at_another_address_replaces_the_old_at_once(bench: Bench) -> None:
     bench.set(A)
     bench.answer(A)
@@ -253,10 +271,11 @@ def test_another_boot_at_the_same_address_is_greeted_anew(bench: Bench) -> None:
     bench.answer(A)
     bench.read()
     bench.set(A, boot="boot-2")
+    peer = bench.table.get(A)
+    assert peer is not None and peer.greeting is None, "a fetch would ask the old boot"
     bench.answer(A, boot="boot-2")
     bench.read()
-    peer = bench.table.get(A)
-    assert peer is not None and peer.greeting is not None
+    assert peer.greeting is not None
     assert peer.greeting.generation == "boot-2"
 
 
