@@ -38,7 +38,7 @@ class FakeLink:
 class Bench:
     """Membership over loopback; the test plays the peers by hand."""
 
-    def __init__(self, blocks: int = 4, faults: Faults | None = None) -> None:
+    def __init__(self, blocks: int = 4, faults: Faults | None = None, max_peers: int = 8) -> None:
         self.now = 10.0
         self.pool = MemPool(NAMESPACE, arena_bytes=blocks * NAMESPACE.block_bytes, generation="me")
         self.holder = LoopbackTransport(f"holder-{secrets.token_hex(6)}")
@@ -57,7 +57,7 @@ class Bench:
             self.transport,
             hello,
             self.open_link,
-            Limits(max_peers=8),
+            Limits(max_peers=max_peers),
             in_use=lambda p: p.address in self.fetching,
         )
         self.members = Membership(self.table, self.pool, self.transport, hello, LIMITS)
@@ -299,6 +299,15 @@ def test_more_members_than_there_is_room_for_are_left_out(bench: Bench) -> None:
     assert bench.stat("members") == 4
     bench.set(*reversed(addresses))
     assert bench.stat("members") == 4 and bench.members.state(addresses[0]) is None
+
+
+def test_members_leave_room_for_peers_that_are_none() -> None:
+    bench = Bench(max_peers=2)
+    bench.set(A, B, C)
+    assert bench.stat("members") == 1
+    bench.fetching.add(B)
+    bench.table.obtain(B, bench.now)
+    bench.close()
 
 
 def test_we_are_no_peer_of_our_own(bench: Bench) -> None:

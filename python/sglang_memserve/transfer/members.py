@@ -57,7 +57,8 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class MembershipLimits:
-    """``members`` must stay below ``Limits.max_peers``: fetches from others need room too.
+    """``members``: at most three quarters of ``Limits.max_peers`` of them, for fetches from others
+    need room too.
     ``at_a_time``: learning a peer keeps the agent's thread busy for tens of milliseconds."""
 
     members: int = 192
@@ -104,7 +105,7 @@ class Membership:
         limits: MembershipLimits | None = None,
     ) -> None:
         self.limits = limits or MembershipLimits()
-        assert self.limits.members < peers.limits.max_peers, (self.limits, peers.limits)
+        self._most = min(self.limits.members, 3 * peers.limits.max_peers // 4)
         self._peers = peers
         self._pool = pool
         self._transport = transport
@@ -131,14 +132,14 @@ class Membership:
     def set_members(self, entries: Sequence[PeerEntry], valid_s: float, now: float) -> PeersReply:
         """``entries`` are all others of the cluster, for ``valid_s`` unless it is said again.
 
-        Those beyond ``limits.members`` are left out: they are met at the first fetch. Raises
+        Those beyond what there is room for are left out: they are met at the first fetch. Raises
         ProtocolError for a duration that makes no sense."""
         if not 0 < valid_s <= _MOST_VALID_S:
             raise ProtocolError(f"members valid for {valid_s} s, the limit is {_MOST_VALID_S:g} s")
         others = [entry for entry in entries if entry.generation != self._hello.generation]
-        listed = {entry.peer_address: entry for entry in others[: self.limits.members]}
+        listed = {entry.peer_address: entry for entry in others[: self._most]}
         boots = {entry.peer_id: entry.generation for entry in listed.values()}
-        full = len(self._members.keys() | listed.keys()) > self.limits.members
+        full = len(self._members.keys() | listed.keys()) > self._most
         for address, member in list(self._members.items()):
             if address in listed:
                 continue
@@ -232,7 +233,7 @@ class Membership:
         }
 
     def check(self) -> None:
-        assert len(self._members) <= self.limits.members
+        assert len(self._members) <= self._most
         states = [member.state for member in self._members.values()]
         busy = states.count(State.GREETING) + states.count(State.READING)
         assert busy <= self.limits.at_a_time, states
