@@ -80,6 +80,7 @@ def test_a_miss_says_how_far_it_got(two: tuple[Rank, Rank]) -> None:
     for wait_s in (0.0, 0.05):
         reply = reader.fetch(holder, KEYS, wait_s)
         assert (reply.outcome, reply.readable_pages) == ("miss", 7)
+    assert reader.fetch(holder, KEYS, wait_s=0.5, deadline_s=0.5).outcome == "miss"
     assert reader.fetch(holder, []).outcome == "complete"
     assert reader.fetch(holder, KEYS, deadline_s=0.0).outcome in ("deadline", "peer_unreachable")
 

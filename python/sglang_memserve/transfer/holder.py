@@ -232,8 +232,8 @@ class Holder:
         if outcome is Outcome.LEASE_INVALID:
             self._port.forget()
         if round_.refused and self.ending is None:
-            if outcome is Outcome.MISS and now < self._task.wait_until_s:
-                # The source waits for less long than we do.
+            if outcome is Outcome.MISS and now < round_.patient_until_s:
+                # The source waits for less long than it was asked to.
                 self._wait_for([span])
                 self._recheck_s = now + self._task.settings.recheck_s
                 return

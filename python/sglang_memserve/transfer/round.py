@@ -56,6 +56,7 @@ class Round:
         self.read_handle: int | None = None
         self.ticket: int | None = None
         self.lease_id = 0
+        self.patient_until_s = task.deadline_s
         self._task = task
         self._port = port
         self._greeting = greeting
@@ -79,6 +80,7 @@ class Round:
         task, settings = self._task, self._task.settings
         # The peer's answer should come before our own deadline, to end as a miss and not as one.
         latest = min(task.wait_until_s, task.deadline_s - 0.1 * (task.deadline_s - now))
+        self.patient_until_s = latest
         wait_s = max(0.0, latest - now)
         ttl_s = min(task.deadline_s - now + settings.reply_timeout_s, settings.max_lease_ttl_s)
         # By the peer's clock it lasts longer: it starts when the peer answers.
