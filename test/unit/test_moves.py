@@ -11,10 +11,12 @@ import torch
 import triton
 import triton.language as tl
 from oracle.pages import PagedPool
+from sglang_memserve.errors import DeviceError
 from sglang_memserve.memory.copies.moves import PageMoves, move_pages
 from sglang_memserve.memory.layout import BlockLayout
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.interpreter import InterpretedFunction
 
 NUMBERS = ("first_tensor", "num_tensors", "count", "k_words", "v_words")
 
@@ -80,6 +82,31 @@ def test_words_as_long_as_all_addresses_allow() -> None:
     assert launched(smollm2, lead=4)["ALIGN"] == 8
     odd = launched(BlockLayout(1, 1, 1, 3, 5, 1))
     assert (odd["WORD"], odd["ALIGN"], odd["CHUNK"]) == (tl.int8, 1, 8)
+
+
+def test_a_kernel_that_cannot_be_compiled_is_one_clear_error() -> None:
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> object:
+            raise RuntimeError("Failed to find C compiler")
+
+    pool = PagedPool.random(BlockLayout(1, 1, 1, 4, 4, 2), 4, seed=1)
+    with pytest.raises(DeviceError, match="C compiler"):
+        PageMoves(pool.tensors(), Kernel()).prepare()
+
+
+def test_preparing_moves_nothing() -> None:
+    pool = PagedPool.random(BlockLayout(2, 1, 1, 4, 4, 2), 4, seed=1)
+    held = pool.blocks()
+    PageMoves(pool.tensors(), InterpretedFunction(move_pages.fn)).prepare()
+    assert pool.blocks() == held
+
+
+def test_one_kernel_a_direction_whatever_is_copied() -> None:
+    """Else the first copy of another size would wait for the compiler."""
+    plain = {parameter.name for parameter in move_pages.params if parameter.do_not_specialize}
+    assert plain == {"first_tensor", "num_tensors", "count"}
+    unaligned = {p.name for p in move_pages.params if p.do_not_specialize_on_alignment}
+    assert unaligned == {"pages", "blocks"}
 
 
 WITHOUT = ("sglang", "nixl", "msgspec", "flashinfer", "xxhash", "zmq", "sgl_kernel_ext")

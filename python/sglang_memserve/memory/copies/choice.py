@@ -66,26 +66,34 @@ class ChosenCopies:
 
 def for_accelerator(tensors: PoolTensors, ways: Ways) -> tuple[Copies, PinnedRanges | None]:
     """The copies, and where to pin what they shall reach; None where this device cannot."""
-    device = tensors.device
-    streams = TorchStreams(device)
+    streams = TorchStreams(tensors.device)
     staged = StagedCopies(tensors, streams)
     try:
-        if device.type != "cuda":
-            raise DeviceError(f"no kernels for devices of type {device.type!r}")
-        if importlib.util.find_spec("triton") is None:
-            raise DeviceError("Triton is not installed")
-        pins = PinnedRanges(CudaDriver(device))
+        pins, by_way = _reaching(tensors, streams)
     except DeviceError as error:
         log.warning("KV pages are copied through staging memory: %s", error)
         return staged, None
+    return ChosenCopies(ways, by_way, staged, pins), pins
+
+
+def _reaching(
+    tensors: PoolTensors, streams: TorchStreams
+) -> tuple[PinnedRanges, dict[Way, Copies]]:
+    """What needs a device that reaches pinned blocks. Raises DeviceError where it does not."""
+    device = tensors.device
+    if device.type != "cuda":
+        raise DeviceError(f"no kernels for devices of type {device.type!r}")
+    if importlib.util.find_spec("triton") is None:
+        raise DeviceError("Triton is not installed")
+    pins = PinnedRanges(CudaDriver(device))
     # Triton takes a second to import and is of no use without a device.
     from .direct import DirectCopies
     from .moves import PageMoves
     from .packed import PackedCopies
 
     moves = PageMoves(tensors)
-    by_way: dict[Way, Copies] = {
+    streams.stream().run(moves.prepare)
+    return pins, {
         Way.DIRECT: DirectCopies(tensors, moves, streams),
         Way.PACKED: PackedCopies(tensors, moves, streams, pins),
     }
-    return ChosenCopies(ways, by_way, staged, pins), pins

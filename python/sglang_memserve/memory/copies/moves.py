@@ -12,13 +12,16 @@ write side by side. That order matters across PCIe, where small writes are as de
 from __future__ import annotations
 
 import math
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
 
+from ...errors import DeviceError
 from .base import PoolTensors
 
 CHUNK_WORDS = 1024
@@ -28,7 +31,12 @@ _MAX_PIECES = 1 << 31
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
+# What differs from launch to launch must not make another kernel: a forward would wait for the
+# compiler.
+@triton.jit(  # type: ignore[untyped-decorator, unused-ignore]
+    do_not_specialize=["first_tensor", "num_tensors", "count"],
+    do_not_specialize_on_alignment=["pages", "blocks"],
+)
 def move_pages(  # type: ignore[no-untyped-def]
     tensors,
     pages,
@@ -92,6 +100,17 @@ class PageMoves:
         self._chunk = min(CHUNK_WORDS, 1 << (longest - 1).bit_length())
         self._chunks = -(-longest // self._chunk)
 
+    def prepare(self) -> None:
+        """Compile both directions, on the calling thread's current device.
+
+        Raises DeviceError where Triton cannot; it needs a C compiler, for one."""
+        nothing = torch.empty(0, dtype=torch.int64, device=self._table.device)
+        try:
+            self.gather(nothing, nothing, 1)
+            self.scatter(nothing, nothing, 1)
+        except (RuntimeError, OSError, subprocess.SubprocessError, TritonError) as error:
+            raise DeviceError(f"Triton cannot compile the page kernel: {error}") from error
+
     def gather(self, pages: torch.Tensor, blocks: torch.Tensor, programs: int) -> None:
         """All tensors of ``pages[i]`` to the block at ``blocks[i]``."""
         self._launch(pages, blocks, 0, self._all, programs, to_blocks=True)
@@ -115,9 +134,7 @@ class PageMoves:
     ) -> None:
         pieces = len(pages) * (stop - first) * self._chunks
         assert len(pages) == len(blocks) and pieces < _MAX_PIECES, (len(pages), len(blocks))
-        if not pieces:
-            return
-        launch: Callable[..., object] = self._kernel[(min(programs, pieces),)]
+        launch: Callable[..., object] = self._kernel[(max(1, min(programs, pieces)),)]
         launch(
             self._table,
             pages,
