@@ -4,6 +4,7 @@
 ``arena``      the memory all blocks lie in
 ``allocator``  which blocks are free
 ``lease``      pinned blocks as a value with a deadline, and blocks being filled
+``backing``    memory handed over before it is needed
 ``huge_pages`` large memory pages for the engine's pool on a CPU
 ``pinning``    the parts of the arena that an accelerator reaches by itself
 ``copies/``    how bytes get from the engine's device pool to blocks and back
