@@ -29,7 +29,6 @@ class IndexOracle:
     orphans: set[int] = field(default_factory=set)
     ghost_slots: int = field(init=False)
     ghosts: dict[int, bytes] = field(default_factory=dict)
-    newest: Counter[int] = field(default_factory=Counter)
     clock: int = 0
 
     def __post_init__(self) -> None:
@@ -111,8 +110,6 @@ class IndexOracle:
         assert key is not None
         page = self.pages[key]
         page.block = target
-        page.stamp = max(page.stamp, self.newest[target])
-        self.newest[target] = page.stamp
         if self.pins[source]:
             self.orphans.add(source)
 
@@ -132,8 +129,7 @@ class IndexOracle:
         return (int.from_bytes(key[:8], sys.byteorder) & 0xFFFFFFFF) % self.ghost_slots
 
     def _stamp(self, key: bytes, stamp: int) -> None:
-        page = self.pages[key]
-        page.stamp = self.newest[page.block] = stamp
+        self.pages[key].stamp = stamp
 
     def _next(self) -> bytes | None:
         leaves = self.may_go()
@@ -152,6 +148,5 @@ class IndexOracle:
         if page.parent in self.pages:
             parent = self.pages[page.parent]
             parent.stamp = max(parent.stamp, page.stamp)
-            self.newest[parent.block] = max(self.newest[parent.block], parent.stamp)
         if self.pins[page.block]:
             self.orphans.add(page.block)

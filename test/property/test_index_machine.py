@@ -144,6 +144,7 @@ class IndexMachine(RuleBasedStateMachine):
         if resident and unused:
             source = data.draw(st.sampled_from(resident))
             target = data.draw(st.sampled_from(unused))
+            self.index.prepare_relocations()
             self.index.relocate(BlockId(source), BlockId(target))
             self.oracle.relocate(source, target)
 

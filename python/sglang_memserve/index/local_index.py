@@ -226,9 +226,14 @@ class LocalIndex:
                 freed.append(block)
         return Removed(keys, freed)
 
+    def prepare_relocations(self) -> None:
+        """Before many pages are moved: keeps their recency exact. O(leaves)."""
+        self._policy.tidy(self._evictable)
+
     def relocate(self, source: BlockId, target: BlockId) -> None:
         """The page of ``source`` lies in ``target`` from now on, as recent as it was (or as the
-        page that lay in ``target`` was when it was removed, whichever is newer).
+        page that lay in ``target`` was, if that is newer and was removed by name since
+        ``prepare_relocations``).
 
         ``source`` must be resident, ``target`` not in use. A reader holds block numbers for as
         long as it has them pinned: a pinned ``source`` stays in place for it, as an orphan.

@@ -64,6 +64,7 @@ class Shrink:
         self._ledger = ledger
         self._target = target_blocks
         ledger.allocator.withdraw(target_blocks)
+        ledger.index.prepare_relocations()
         # Looked at from the end; a block that cannot go yet waits for the next round.
         self._left = sorted(ledger.allocator.used(target_blocks))
         self._waiting: list[BlockId] = []

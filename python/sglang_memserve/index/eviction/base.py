@@ -57,6 +57,11 @@ class EvictionPolicy(Protocol):
         """The page of ``source`` lies in ``target`` from now on."""
         ...
 
+    def tidy(self, evictable: Evictable) -> None:
+        """Many pages are about to ``move``: forget what is left of pages that went by name, which
+        would make moved pages look newer than they are."""
+        ...
+
     def clear(self) -> None:
         """No page is resident any more."""
         ...

@@ -8,7 +8,7 @@ entries than there are blocks, however many touches come between two evictions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 
 from ...types import BlockId
 from .base import Evictable
@@ -63,6 +63,17 @@ class LeafHeap:
             self._listed[block] = 0
             return BlockId(block)
         return None
+
+    def tidy(self, evictable: Evictable) -> None:
+        """Drop the entries of blocks that are not evictable now; O(entries)."""
+        kept: list[int] = []
+        for entry in self._entries:
+            if evictable(entry & _BLOCK_MASK):
+                kept.append(entry)
+            else:
+                self._listed[entry & _BLOCK_MASK] = 0
+        heapify(kept)
+        self._entries = kept
 
     def clear(self) -> None:
         self._entries.clear()

@@ -55,8 +55,14 @@ class Lru:
             stamps[parent] = stamps[child]
 
     def move(self, source: BlockId, target: BlockId) -> None:
-        # ``target`` may still have an entry of a page removed by name, and stamps must not fall.
-        self.outlive(target, source)
+        if target in self._leaves:
+            # An entry of a page removed by name since ``tidy``: its stamp must not fall.
+            self.outlive(target, source)
+        else:
+            self._stamp[target] = self._stamp[source]
+
+    def tidy(self, evictable: Evictable) -> None:
+        self._leaves.tidy(evictable)
 
     def clear(self) -> None:
         self._leaves.clear()

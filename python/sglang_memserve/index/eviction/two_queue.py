@@ -130,9 +130,16 @@ class TwoQueue:
             stamps[parent] = stamps[child]
 
     def move(self, source: BlockId, target: BlockId) -> None:
-        # ``target`` may still have an entry of a page removed by name, and stamps must not fall.
-        self.outlive(target, source)
+        if target in self._probation_leaves or target in self._protected_leaves:
+            # An entry of a page removed by name since ``tidy``: its stamp must not fall.
+            self.outlive(target, source)
+        else:
+            self._stamp[target] = self._stamp[source]
         self._protected[target], self._protected[source] = self._protected[source], 0
+
+    def tidy(self, evictable: Evictable) -> None:
+        self._probation_leaves.tidy(evictable)
+        self._protected_leaves.tidy(evictable)
 
     def clear(self) -> None:
         self._protected = bytearray(len(self._protected))
