@@ -110,7 +110,8 @@ class NativeTree:
             instance: dict(zip((Tier.HBM, Tier.DRAM), self._core.counts(number), strict=True))
             for instance, number in self._numbers.items()
         }
-        return TreeStats(self._core.nodes, self._core.pages, held, self._ignored_events)
+        core = self._core
+        return TreeStats(core.nodes, core.pages, held, self._ignored_events, core.rings)
 
     def check(self) -> None:
         """Assert every invariant; time proportional to the tree."""

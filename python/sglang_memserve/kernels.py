@@ -63,6 +63,9 @@ class RadixTreeCore(Protocol):
     def pages(self) -> int: ...
 
     @property
+    def rings(self) -> int: ...
+
+    @property
     def nbytes(self) -> int: ...
 
 

@@ -312,7 +312,10 @@ NodeId RadixTree::merge_up(NodeId id) {
     Node &node = nodes_[id], &above = nodes_[over];
     if (above.holders != node.holders) return id;
     // Two runs that hang below each other (a faulty sender): one run cannot hang below itself.
-    if (above.has_parent && above.parent == node.keys.back()) return id;
+    if (above.has_parent && above.parent == node.keys.back()) {
+        ++rings_;
+        return id;
+    }
     if (only_child(node.parent) != id) return id;
     remove_child(node.parent, id);
     const auto up = static_cast<std::int64_t>(above.keys.size());

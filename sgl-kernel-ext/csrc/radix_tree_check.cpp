@@ -69,8 +69,7 @@ std::optional<std::string> RadixTree::check_node(NodeId id) const {
     const Node &above = nodes_[over];
     if (over == id) return at("a run below itself", one.keys[0]);
     if (above.keys.back() != one.parent) return at("a run below the middle of one", one.keys[0]);
-    const bool ring = above.has_parent && above.parent == one.keys.back();
-    if (!ring && above.holders == one.holders && only_child(one.parent) == id) {
+    if (rings_ == 0 && above.holders == one.holders && only_child(one.parent) == id) {
         return at("two nodes that are one run", one.keys[0]);
     }
     return std::nullopt;

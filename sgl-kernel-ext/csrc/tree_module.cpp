@@ -133,5 +133,6 @@ void bind_radix_tree(nb::module_ &module) {
         .def_prop_ro("capacity", &RadixTree::capacity)
         .def_prop_ro("nodes", &RadixTree::node_count)
         .def_prop_ro("pages", &RadixTree::pages)
+        .def_prop_ro("rings", &RadixTree::rings)
         .def_prop_ro("nbytes", &RadixTree::bytes);
 }

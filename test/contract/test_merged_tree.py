@@ -212,3 +212,16 @@ def test_the_router_runs_the_native_tree_where_there_is_one(
     assert isinstance(merged_tree.merged_tree(), NativeTree) == ("native" in TREES)
     monkeypatch.setattr(merged_tree, "native", lambda: None)
     assert isinstance(merged_tree.merged_tree(), GlobalTree)
+
+
+def test_what_is_left_of_a_ring_still_matches(make: MakeTree) -> None:
+    tree = make()
+    tree.apply(A, stored([1, 2, 3], 6))
+    tree.apply(A, stored([4, 5, 6], 3))
+    assert tree.stats().rings and tree.stats().nodes == 2
+    tree.apply(A, BlockRemoved([1], DRAM))
+    tree.check()
+    assert tree.match(keys(2, 3, 4, 5, 6)) == {A: Match(5)}
+    tree.drop(A)
+    tree.check()
+    assert tree.stats().nodes == 0
