@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TypeVar
 
-import msgspec
-from sglang_memserve.errors import LimitExceeded, PeerError, ProtocolError
+from sglang_memserve.errors import LimitExceeded, PeerError
+from sglang_memserve.protocol.http import decode
 from starlette.requests import Request
 
 from . import headers as header
@@ -50,10 +50,7 @@ async def read_body(receive: Receive, raw_headers: header.RawHeaders, limit: int
 async def read_json(request: Request, kind: type[T], limit: int) -> T:
     """The body as ``kind``. Raises ProtocolError, LimitExceeded, ClientGone."""
     data = await read_body(request.receive, request.scope["headers"], limit)
-    try:
-        return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise ProtocolError(f"request body: {error}") from error
+    return decode(data, kind, "request body")
 
 
 async def until_gone(receive: Receive) -> None:

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import aiohttp
-import msgspec
 from sglang_memserve.errors import MemServeError, PeerError, PeerUnreachable, ProtocolError
-from sglang_memserve.protocol.http import Heartbeat, InstanceInfo, InstanceStats, Load
+from sglang_memserve.protocol.http import Heartbeat, InstanceInfo, InstanceStats, Load, decode
 from sglang_memserve.types import InstanceId
 
 from .instances import Instances
@@ -68,7 +67,7 @@ class Poller:
             elif status != 200:
                 raise PeerError(f"{listed}/memserve/info answered {status}")
             else:
-                await self._ask_ours(listed, _decode(body, InstanceInfo, "info"))
+                await self._ask_ours(listed, decode(body, InstanceInfo, "info"))
         except MemServeError as error:
             self._instances.unreachable(listed, str(error))
 
@@ -76,7 +75,7 @@ class Poller:
         self._instances.answered(listed, info)
         load = await self._load(listed)
         status, body = await self._get(f"{listed}/memserve/stats")
-        event_seq = _decode(body, InstanceStats, "stats").event_seq if status == 200 else -1
+        event_seq = decode(body, InstanceStats, "stats").event_seq if status == 200 else -1
         self._instances.heartbeat(
             Heartbeat(listed, info.generation, info.role, load, event_seq=event_seq)
         )
@@ -85,14 +84,14 @@ class Poller:
         status, body = await self._get(f"{listed}/get_model_info")
         if status != 200:
             raise PeerError(f"{listed}/get_model_info answered {status}")
-        fields = _decode(body, dict[str, Any], "model info")
+        fields = decode(body, dict[str, Any], "model info")
         model = fields.get("served_model_name") or fields.get("model_path") or ""
         self._instances.answered_plain(listed, str(model), await self._load(listed))
 
     async def _load(self, listed: InstanceId) -> Load:
         """Sums over data-parallel ranks; nothing where the route is missing (old servers)."""
         status, body = await self._get(f"{listed}/v1/loads?include=core")
-        loads = _decode(body, dict[str, Any], "loads").get("loads", []) if status == 200 else []
+        loads = decode(body, dict[str, Any], "loads").get("loads", []) if status == 200 else []
         names = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "max_total_num_tokens")
         try:
             sums = [sum(int(load.get(name, 0)) for load in loads) for name in names]
@@ -107,10 +106,3 @@ class Poller:
                 return response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise PeerUnreachable(f"{url}: {error or type(error).__name__}") from error
-
-
-def _decode(body: bytes, kind: type[_T], what: str) -> _T:
-    try:
-        return msgspec.json.decode(body, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"{what}: {error}") from error

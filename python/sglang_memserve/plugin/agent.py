@@ -13,13 +13,13 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 import aiohttp
 import msgspec
 
 from ..config import InstanceConfig
-from ..errors import ConfigError, MemServeError, PeerError
+from ..errors import ConfigError, MemServeError, PeerError, ProtocolError
 from ..protocol import PROTOCOL_VERSION, control
 from ..protocol.handshake import layout_hash
 from ..protocol.http import (
@@ -40,6 +40,7 @@ from ..protocol.http import (
     Registration,
     RegistrationReply,
     SourceResult,
+    decode,
 )
 from ..transfer.client import LocalClient
 from ..types import Role
@@ -331,9 +332,8 @@ class InstanceAgent:
 
     async def _register(self, url: str) -> RegistrationReply:
         body = msgspec.json.encode(Registration(await self.info()))
-        return msgspec.json.decode(
-            await self._post(f"{url}/memserve/register", body), type=RegistrationReply
-        )
+        answer = await self._post(f"{url}/memserve/register", body)
+        return decode(answer, RegistrationReply, f"{url}/memserve/register")
 
     async def _beat(self, url: str, interval_s: float) -> None:
         """Returns when the router does not know us any more."""
@@ -346,7 +346,7 @@ class InstanceAgent:
                 event_seq=await self._residency.last_seq(),
             )
             data = await self._post(f"{url}/memserve/heartbeat", msgspec.json.encode(beat))
-            if not msgspec.json.decode(data, type=HeartbeatReply).known:
+            if not decode(data, HeartbeatReply, f"{url}/memserve/heartbeat").known:
                 return
             try:
                 await asyncio.wait_for(self._changed.wait(), interval_s)
@@ -417,7 +417,7 @@ def _merge(
 def _error_text(data: bytes) -> str:
     """The message of an ``{"error": {"message"}}`` body, or the body's beginning."""
     try:
-        message = msgspec.json.decode(data)["error"]["message"]
-    except (msgspec.MsgspecError, KeyError, TypeError):
+        message = decode(data, dict[str, Any], "error")["error"]["message"]
+    except (ProtocolError, KeyError, TypeError):
         return data[:200].decode(errors="replace")
     return str(message)

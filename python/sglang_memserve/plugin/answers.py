@@ -1,11 +1,13 @@
-"""What ``/memserve/*`` answers: JSON, and errors in SGLang's (OpenAI's) shape."""
+"""How ``/memserve/*`` reads and answers: JSON, and errors in SGLang's (OpenAI's) shape."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 import msgspec
-from fastapi import Response
+from fastapi import APIRouter, Request, Response
+from fastapi.routing import APIRoute
 
 from ..errors import (
     ConfigError,
@@ -15,6 +17,40 @@ from ..errors import (
     PeerUnreachable,
     ProtocolError,
 )
+from ..protocol.http import decode
+
+# 8,000,000 tokens of page keys of 16 tokens, in hexadecimal: far more than a fetch may name.
+MAX_BODY_BYTES = 32 * 2**20
+_T = TypeVar("_T")
+
+
+class _Route(APIRoute):
+    """What a handler raises is answered as an error."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await handler(request)
+            except MemServeError as error:
+                return error_answer(error)
+
+        return handle
+
+
+def memserve_router() -> APIRouter:
+    return APIRouter(prefix="/memserve", route_class=_Route)
+
+
+async def read_body(request: Request, kind: type[_T]) -> _T:
+    """The body as ``kind``. Raises ProtocolError, LimitExceeded beyond MAX_BODY_BYTES."""
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_BODY_BYTES:
+            raise LimitExceeded(f"a body of more than {MAX_BODY_BYTES} bytes")
+    return decode(bytes(data), kind, "request body")
 
 
 def json_answer(value: Any, status: int = 200) -> Response:

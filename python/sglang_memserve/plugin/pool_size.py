@@ -11,16 +11,15 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import msgspec
 from fastapi import APIRouter, Request, Response
 
 from ..config import parse_dram
-from ..errors import ConfigError, LimitExceeded, MemServeError, ProtocolError
+from ..errors import ConfigError, LimitExceeded, MemServeError
 from ..protocol.control import ResizeReply, ResizeRequest, StatsReply, StatsRequest
 from ..protocol.http import PoolBody, PoolInfo, PoolResult, RankPool, RankResize
 from ..transfer.client import LocalClient
 from ..types import ResizeOutcome
-from .answers import error_answer, json_answer
+from .answers import json_answer, memserve_router, read_body
 
 _CALL_S = 5.0
 # On top of the patience that was asked for: pages are moved, a gigabyte or more a second.
@@ -118,24 +117,15 @@ class PoolSize:
 
 def pool_routes(instance: Sized) -> APIRouter:
     """``GET`` and ``POST /memserve/pool``."""
-    router = APIRouter(prefix="/memserve")
+    router = memserve_router()
 
     @router.get("/pool")
     async def show() -> Response:
-        try:
-            return json_answer(await instance.pool())
-        except MemServeError as error:
-            return error_answer(error)
+        return json_answer(await instance.pool())
 
     @router.post("/pool")
     async def resize(request: Request) -> Response:
-        try:
-            body = msgspec.json.decode(await request.body(), type=PoolBody)
-            result = await instance.resize_pool(body)
-        except (msgspec.MsgspecError, RecursionError) as error:
-            return error_answer(ProtocolError(str(error)))
-        except MemServeError as error:
-            return error_answer(error)
+        result = await instance.resize_pool(await read_body(request, PoolBody))
         return json_answer(result, 409 if result.outcome in _REFUSALS else 200)
 
     return router

@@ -8,7 +8,6 @@ import sys
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from fastapi import APIRouter, FastAPI, Request, Response
 from sglang.srt.entrypoints import http_server
 from sglang.srt.utils import kill_process_tree
@@ -16,13 +15,11 @@ from sglang.srt.utils import kill_process_tree
 from ..config import InstanceConfig
 from ..errors import (
     ConfigError,
-    MemServeError,
-    ProtocolError,
 )
 from ..protocol.http import FetchBody, Load, PeersBody
 from ..types import Role
 from .agent import EngineFacts, InstanceAgent
-from .answers import error_answer, json_answer
+from .answers import json_answer, memserve_router, read_body
 from .pool_size import pool_routes
 from .verb_routes import verb_routes
 
@@ -100,61 +97,37 @@ def _give_up(reason: str) -> None:
 
 
 def _routes(agent: InstanceAgent) -> APIRouter:
-    router = APIRouter(prefix="/memserve")
+    router = memserve_router()
 
     @router.get("/info")
     async def info() -> Response:
-        try:
-            return json_answer(await agent.info())
-        except MemServeError as error:
-            return error_answer(error)
+        return json_answer(await agent.info())
 
     @router.get("/snapshot")
     async def snapshot() -> Response:
-        try:
-            return Response(await agent.snapshot(), media_type="application/msgpack")
-        except MemServeError as error:
-            return error_answer(error)
+        return Response(await agent.snapshot(), media_type="application/msgpack")
 
     @router.get("/stats")
     async def stats() -> Response:
-        try:
-            return json_answer(await agent.stats())
-        except MemServeError as error:
-            return error_answer(error)
+        return json_answer(await agent.stats())
 
     @router.post("/fetch")
     async def fetch(request: Request) -> Response:
-        try:
-            body = msgspec.json.decode(await request.body(), type=FetchBody)
-            return json_answer(await agent.fetch(body))
-        except (msgspec.MsgspecError, RecursionError) as error:
-            return error_answer(ProtocolError(str(error)))
-        except MemServeError as error:
-            return error_answer(error)
+        return json_answer(await agent.fetch(await read_body(request, FetchBody)))
 
     @router.post("/peers")
     async def peers(request: Request) -> Response:
-        try:
-            body = msgspec.json.decode(await request.body(), type=PeersBody)
-            return json_answer(await agent.introduce(body))
-        except (msgspec.MsgspecError, RecursionError) as error:
-            return error_answer(ProtocolError(str(error)))
-        except MemServeError as error:
-            return error_answer(error)
+        return json_answer(await agent.introduce(await read_body(request, PeersBody)))
 
     @router.post("/role")
     async def role(request: Request) -> Response:
+        wanted = (await read_body(request, dict[str, str])).get("role", "")
         try:
-            wanted = msgspec.json.decode(await request.body(), type=dict[str, str]).get("role", "")
-            agent.set_role(Role(wanted))
-            return json_answer(await agent.info())
-        except (msgspec.MsgspecError, RecursionError) as error:
-            return error_answer(ProtocolError(str(error)))
-        except ValueError:
+            found = Role(wanted)
+        except ValueError as error:
             roles = ", ".join(role.value for role in Role)
-            return error_answer(ConfigError(f"unknown role {wanted!r}, expected one of: {roles}"))
-        except MemServeError as error:
-            return error_answer(error)
+            raise ConfigError(f"unknown role {wanted!r}, expected one of: {roles}") from error
+        agent.set_role(found)
+        return json_answer(await agent.info())
 
     return router

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import aiohttp
-import msgspec
 
-from ..errors import PeerError, PeerUnreachable
-from ..protocol.http import InstanceInfo, PeerInfo
+from ..errors import PeerError, PeerUnreachable, ProtocolError
+from ..protocol.http import InstanceInfo, PeerInfo, decode
 
 _ASK_S = 5.0
 _MOST = 256
@@ -46,8 +45,10 @@ class Sources:
             async with self._session.get(f"{url}/memserve/info", timeout=timeout) as response:
                 if response.status != 200:
                     raise PeerError(f"{url}/memserve/info answered {response.status}")
-                info = msgspec.json.decode(await response.read(), type=InstanceInfo)
-        except (aiohttp.ClientError, TimeoutError, msgspec.MsgspecError) as error:
+                info = decode(await response.read(), InstanceInfo, f"{url}/memserve/info")
+        except ProtocolError as error:
+            raise PeerError(str(error)) from error
+        except (aiohttp.ClientError, TimeoutError) as error:
             text = f"{url}/memserve/info: {error or type(error).__name__}"
             raise PeerUnreachable(text) from error
         return [rank.peer_address for rank in info.ranks]

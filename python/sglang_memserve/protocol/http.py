@@ -8,6 +8,8 @@ On an instance (on SGLang's own app, same API key):
     GET  /memserve/stats     -> InstanceStats
     GET  /memserve/pool      -> PoolInfo
     POST /memserve/pool      PoolBody -> PoolResult (409 when it was refused)
+    POST /memserve/match     PrefixBody -> what of it is in HBM, what in DRAM (also
+                             /memserve/swap_out and /memserve/swap_in)
     POST /memserve/role      {"role": "prefill"|"decode"|"both"} -> InstanceInfo
 On a router:
     POST /memserve/register    Registration -> RegistrationReply (409 with the reason: a mismatch)
@@ -18,9 +20,22 @@ Errors are ``{"error": {"message", "type", "code"}}``.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 
+from ..errors import ProtocolError
 from ..types import Namespace
+
+_T = TypeVar("_T")
+
+
+def decode(data: bytes, kind: type[_T], what: str) -> _T:
+    """``data`` as ``kind``. Raises ProtocolError, which begins with ``what``."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"{what}: {error}") from error
 
 
 class RankInfo(msgspec.Struct, frozen=True):
