@@ -8,7 +8,7 @@ In dependency order:
 ``merged_tree``    the one of the two that this machine runs
 ``cost``           what computing and moving take
 ``policy/``        where a request is prefilled and decoded
-``config``         the command line
+``config`` ``limits``   the command line, bounds of a request
 ``breaker`` ``member`` ``instances``   who is there, in which state
 ``feed`` ``polling``   shells: residency events, listed URLs
 ``prompts`` ``chat_template`` ``tokenize``   bodies to token ids
@@ -17,8 +17,8 @@ In dependency order:
 ``proxy`` ``live``   HTTP to instances, and stopping it
 ``introductions``  a shell: tells instances who the others are
 ``placement``      token ids to a plan
-``steps``          what comes before decode
-``asgi`` ``dispatch`` ``passthrough``   requests
+``fetches`` ``prefill`` ``steps``   what comes before decode
+``asgi`` ``turn`` ``prepare`` ``forward`` ``dispatch`` ``passthrough``   requests
 ``members`` ``control``   everything else
 ``app`` ``__main__``   putting it together
 """

@@ -37,10 +37,12 @@ from .asgi import ClientGone
 from .config import RouterConfig
 from .control import Control
 from .cost import CostModel
-from .dispatch import Dispatcher, Limits
+from .dispatch import Dispatcher
 from .feed import Feed
+from .forward import Forwarding
 from .instances import Instances
 from .introductions import Introductions
+from .limits import Limits, StepDeadlines
 from .live import LiveRequests
 from .members import Members
 from .merged_tree import merged_tree
@@ -49,10 +51,11 @@ from .passthrough import Passthrough
 from .policy.base import Rotation
 from .policy.registry import make_policy
 from .polling import Poller
+from .prepare import Preparation
 from .prompts import Route
 from .proxy import Deadlines, Upstream
 from .replies import Receive, Scope, Send
-from .steps import StepDeadlines, Steps
+from .steps import Steps
 from .tokenize import Tokenization
 
 logger = logging.getLogger(__name__)
@@ -121,20 +124,24 @@ async def _assemble(
     polling = asyncio.create_task(poller.run(), name="polling")
     polling.add_done_callback(_report)
     stack.push_async_callback(_stop, polling)
-    dispatcher = Dispatcher(
+    preparation = Preparation(
         instances=instances,
         tree=tree,
         policy=policy,
         policy_name=config.policy,
         rotation=rotation,
-        costs=costs,
         tokenization=tokenization,
-        upstream=upstream,
         steps=Steps(upstream, instances, costs, metrics, deadlines),
+        metrics=metrics,
+    )
+    dispatcher = Dispatcher(
+        preparation=preparation,
+        forwarding=Forwarding(instances, upstream, costs, metrics, config.api_key),
+        instances=instances,
+        rotation=rotation,
         live=live,
         metrics=metrics,
         limits=limits,
-        api_key=config.api_key,
     )
 
     def source_states() -> Mapping[str, str]:

@@ -12,44 +12,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import msgspec
-from sglang_memserve.config import Limits
-from sglang_memserve.errors import MemServeError, NoInstance, PeerError, ProtocolError
-from sglang_memserve.protocol.http import FetchBody, FetchResult
+from sglang_memserve.errors import MemServeError, NoInstance
+from sglang_memserve.protocol.http import FetchResult
 from sglang_memserve.types import InstanceId
 
 from .cost import CostModel
+from .fetches import Fetches
 from .instances import Instances
-from .live import Live, new_rid
-from .member import Outcome as InstanceOutcome
+from .limits import StepDeadlines
+from .live import Live
 from .metrics import Fetched, Metrics, short_reason
 from .placement import Holdings, Keyed
-from .prompts import Request, engine_rids, prefill_body
-from .proxy import Refused, Upstream
+from .prefill import Prefills
+from .prompts import Request
+from .proxy import Upstream
 from .values import Plan
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StepDeadlines:
-    """Seconds. ``fetch_s``: for pages that exist already. ``prefill_s``: for P's computing, at
-    most; a P that takes ``late_factor`` times what is predicted, and ``least_prefill_s`` more, is
-    late. ``grace_s``: how long D's fetch may go on after P is done, at most; at least
-    ``least_grace_s``, and no longer than computing the rest is predicted to take. ``most_fetch_s``:
-    what an instance lets one fetch last; a longer prefill takes several."""
-
-    fetch_s: float = 10.0
-    prefill_s: float = 300.0
-    late_factor: float = 5.0
-    least_prefill_s: float = 5.0
-    grace_s: float = 10.0
-    least_grace_s: float = 0.5
-    most_fetch_s: float = Limits().fetch_deadline_s
 
 
 @dataclass(slots=True)
@@ -83,8 +65,8 @@ class Steps:
         metrics: Metrics,
         deadlines: StepDeadlines,
     ) -> None:
-        self._upstream = upstream
-        self._instances = instances
+        self._fetches = Fetches(upstream, instances, deadlines)
+        self._prefills = Prefills(upstream, instances, costs, deadlines)
         self._costs = costs
         self._metrics = metrics
         self._deadlines = deadlines
@@ -133,7 +115,7 @@ class Steps:
         missing = _missing(keyed, holdings, target)
         limit_s = min(self._deadlines.fetch_s, self._deadlines.most_fetch_s)
         answers = await asyncio.gather(
-            *(self._fetch(source, target, keyed, i, 0.0, limit_s) for i in missing),
+            *(self._fetches.once(source, target, keyed, i, 0.0, limit_s) for i in missing),
             return_exceptions=True,
         )
         readable = dict.fromkeys(range(len(keyed.chains)), 0)
@@ -147,36 +129,6 @@ class Steps:
                 raise answer
         result.decode_pages = _pages_readable(keyed, holdings, target, readable)
 
-    async def _fetch(
-        self,
-        source: InstanceId,
-        target: InstanceId,
-        keyed: Keyed,
-        chain: int,
-        wait_s: float,
-        deadline_s: float,
-    ) -> FetchResult:
-        """One prompt's pages from ``source`` to ``target``. Raises PeerError, ProtocolError."""
-        info = self._instances.info(source)
-        body = FetchBody(
-            source=source,
-            keys=[key.hex() for key in keyed.chains[chain].keys],
-            wait_s=wait_s,
-            deadline_s=deadline_s,
-            source_ranks=[rank.peer_address for rank in info.ranks] if info else None,
-        )
-        # A moment more than the instance itself allows: its answer says how far it got.
-        answer = await self._upstream.call(
-            "POST",
-            f"{target}/memserve/fetch",
-            msgspec.json.encode(body),
-            deadline_s=deadline_s + 1.0,
-        )
-        try:
-            return msgspec.convert(answer, FetchResult)
-        except msgspec.ValidationError as error:
-            raise ProtocolError(f"{target}/memserve/fetch: {error}") from error
-
     # -- computing on P while D fetches --
 
     async def _compute_and_fetch(
@@ -189,14 +141,14 @@ class Steps:
         live: Live,
         result: Result,
     ) -> None:
-        wait_s = self._prefill_s(keyed, holdings, prefill)
+        wait_s = self._prefills.limit_s(keyed, holdings, prefill)
         missing = _missing(keyed, holdings, decode)
         fetches = {
-            asyncio.create_task(self._fetch_as_computed(prefill, decode, keyed, i, wait_s)): i
+            asyncio.create_task(self._fetches.as_computed(prefill, decode, keyed, i, wait_s)): i
             for i in missing
         }
         compute = asyncio.create_task(
-            self._compute(request, keyed, holdings, prefill, live, wait_s)
+            self._prefills.compute(request, keyed, holdings, prefill, live, wait_s)
         )
         live.prefilling = compute
         readable = dict.fromkeys(range(len(keyed.chains)), 0)
@@ -239,80 +191,6 @@ class Steps:
             return False
         return True
 
-    async def _fetch_as_computed(
-        self,
-        source: InstanceId,
-        target: InstanceId,
-        keyed: Keyed,
-        chain: int,
-        wait_s: float,
-    ) -> FetchResult:
-        """Pages that ``source`` computes within ``wait_s``, in as many fetches as that takes."""
-        deadlines = self._deadlines
-        grace_s = min(deadlines.grace_s, 0.5 * deadlines.most_fetch_s)
-        until = time.monotonic() + wait_s
-        total: FetchResult | None = None
-        while True:
-            started = time.monotonic()
-            left_s = max(0.0, until - started)
-            once_s = min(left_s, deadlines.most_fetch_s - grace_s)
-            part = await self._fetch(source, target, keyed, chain, once_s, once_s + grace_s)
-            total = part if total is None else _joined(total, part)
-            cut_short = once_s < left_s and time.monotonic() - started >= once_s
-            if not (cut_short and part.outcome in ("miss", "deadline")):
-                return total
-
-    async def _compute(
-        self,
-        request: Request,
-        keyed: Keyed,
-        holdings: Holdings,
-        prefill: InstanceId,
-        live: Live,
-        deadline_s: float,
-    ) -> int:
-        """P computes the prompts; returns the tokens it had cached. Raises PeerError,
-        ProtocolError, NoInstance."""
-        uncached = keyed.tokens - keyed.bounded_tokens(holdings.pages(prefill))
-        view = next((v for v in self._instances.views({}) if v.id == prefill), None)
-        idle = view is not None and not (view.in_flight_prefill_tokens or view.waiting_requests)
-        rid = new_rid()
-        rids = engine_rids(rid, len(keyed.chains), request.batched)
-        body = prefill_body(request, [chain.ids for chain in keyed.chains], rid)
-        with self._instances.begin(prefill, uncached) as flight, live.at(prefill, rids):
-            started = time.monotonic()
-            try:
-                answer = await self._upstream.call(
-                    "POST",
-                    f"{prefill}/generate",
-                    body,
-                    deadline_s=deadline_s,
-                )
-                cached = _cached_tokens(answer)
-            except Refused as error:
-                # Its own fault only if it says so: a 400 is about the request.
-                if error.status >= 500:
-                    flight.end(InstanceOutcome.FAILED, str(error))
-                raise
-            except (PeerError, ProtocolError) as error:
-                flight.end(InstanceOutcome.FAILED, f"prefill: {error}")
-                raise
-            flight.end(InstanceOutcome.SUCCEEDED)
-        if idle and len(keyed.chains) == 1:
-            seconds = time.monotonic() - started
-            self._costs.observe_prefill(prefill, keyed.tokens - cached, cached, seconds)
-        return cached
-
-    def _prefill_s(self, keyed: Keyed, holdings: Holdings, prefill: InstanceId) -> float:
-        """How long P may take before it is late: what is predicted, generously."""
-        cached = keyed.bounded_tokens(holdings.pages(prefill))
-        view = next((v for v in self._instances.views({}) if v.id == prefill), None)
-        queued = view.in_flight_prefill_tokens if view is not None else 0
-        predicted = self._costs.predict_backlog_s(prefill, queued)
-        predicted += self._costs.predict_prefill_s(prefill, keyed.tokens - cached, cached)
-        late = self._deadlines.late_factor * predicted + self._deadlines.least_prefill_s
-        return min(self._deadlines.prefill_s, late)
-
     def _grace_s(self, keyed: Keyed, decode: InstanceId) -> float:
         predicted = self._costs.predict_prefill_s(decode, keyed.tokens, 0)
         return max(self._deadlines.least_grace_s, min(self._deadlines.grace_s, predicted))
@@ -344,17 +222,6 @@ class Steps:
         result.notes.append(f"{step} failed: {kind}")
         level = logging.INFO if isinstance(error, NoInstance) else logging.WARNING
         logger.log(level, "%s failed, decode computes instead: %s", what, error)
-
-
-def _joined(one: FetchResult, two: FetchResult) -> FetchResult:
-    """Two fetches of the same pages, one after the other."""
-    return msgspec.structs.replace(
-        two,
-        present_pages=one.present_pages,
-        fetched_pages=one.fetched_pages + two.fetched_pages,
-        fetched_bytes=one.fetched_bytes + two.fetched_bytes,
-        seconds=one.seconds + two.seconds,
-    )
 
 
 async def _until_settled(
@@ -391,18 +258,3 @@ def _pages_readable(
     for i, chain in enumerate(keyed.chains):
         pages.update(chain.keys[: max(readable[i], holdings.of_chain(i, target))])
     return len(pages)
-
-
-def _cached_tokens(answer: object) -> int:
-    """``meta_info.cached_tokens`` of a ``/generate`` answer, over all its prompts."""
-    total = 0
-    for one in answer if isinstance(answer, list) else [answer]:
-        meta = one.get("meta_info") if isinstance(one, dict) else None
-        if not isinstance(meta, dict):
-            raise ProtocolError("prefill answered without meta_info")
-        finish = meta.get("finish_reason")
-        if isinstance(finish, dict) and finish.get("type") == "abort":
-            raise ProtocolError(f"prefill was aborted: {finish.get('message')}")
-        cached = meta.get("cached_tokens", 0)
-        total += cached if isinstance(cached, int) else 0
-    return total

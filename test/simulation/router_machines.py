@@ -25,8 +25,7 @@ from sglang_memserve.protocol.http import FetchResult, InstanceInfo, RankInfo
 from sglang_memserve.router.__main__ import listen
 from sglang_memserve.router.app import running
 from sglang_memserve.router.config import RouterConfig, StaticInstance
-from sglang_memserve.router.dispatch import Limits
-from sglang_memserve.router.steps import StepDeadlines
+from sglang_memserve.router.limits import Limits, StepDeadlines
 from sglang_memserve.types import InstanceId, Namespace, Role
 
 PAGE = 4

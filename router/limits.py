@@ -1,0 +1,33 @@
+"""Bounds of one request: how large, how many, how long. Frozen values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_memserve.config import Limits as InstanceLimits
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``attempts``: decode instances tried for one request."""
+
+    max_body_bytes: int = 64 * 2**20
+    max_in_flight: int = 4096
+    attempts: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class StepDeadlines:
+    """Seconds. ``fetch_s``: for pages that exist already. ``prefill_s``: for P's computing, at
+    most; a P that takes ``late_factor`` times what is predicted, and ``least_prefill_s`` more, is
+    late. ``grace_s``: how long D's fetch may go on after P is done, at most; at least
+    ``least_grace_s``, and no longer than computing the rest is predicted to take. ``most_fetch_s``:
+    what an instance lets one fetch last; a longer prefill takes several."""
+
+    fetch_s: float = 10.0
+    prefill_s: float = 300.0
+    late_factor: float = 5.0
+    least_prefill_s: float = 5.0
+    grace_s: float = 10.0
+    least_grace_s: float = 0.5
+    most_fetch_s: float = InstanceLimits().fetch_deadline_s

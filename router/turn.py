@@ -1,0 +1,41 @@
+"""One request on its way through the router, and where it goes next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sglang_memserve.types import InstanceId
+
+from .asgi import Client
+from .headers import Verdict
+from .live import Live
+from .metrics import Funnel
+from .prompts import Request, Route
+
+
+@dataclass(slots=True)
+class Turn:
+    """What is known about one request so far; ends as its log line."""
+
+    route: Route
+    client: Client
+    data: bytes
+    request: Request
+    live: Live
+    started: float
+    prompt_tokens: int = 0
+    verdict: Verdict = field(default_factory=lambda: Verdict(""))
+    first_byte_s: float | None = None
+    failed: set[InstanceId] = field(default_factory=set)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Where the request goes now. ``uncached_tokens``: what is left to compute there."""
+
+    target: InstanceId
+    verdict: Verdict
+    uncached_tokens: int
+    prompts: int
+    funnel: Funnel | None
