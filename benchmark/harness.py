@@ -37,6 +37,8 @@ BENCHMARKS = (
     ("micro/transfer.py", "micro-transfer.json"),
     ("micro/first_fetch.py", "micro-first-fetch.json"),
     ("micro/router_overhead.py", "micro-router-overhead.json"),
+    # With --peer it also measures sglang-router.
+    ("router/service.py", "router-service-alone.json"),
     ("serving/moved_prefix.py", "serving-moved-prefix.json"),
     ("serving/pipelined_fetch.py", "serving-pipelined-fetch.json"),
     ("serving/scheduler_share.py", "serving-scheduler-share.json"),
