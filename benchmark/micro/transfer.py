@@ -31,12 +31,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from sglang_memserve.mempool import MemPool
 from sglang_memserve.protocol.control import FetchRequest
 from sglang_memserve.transfer.agent import RankAgent
 from sglang_memserve.transfer.base import ReadState
 from sglang_memserve.transfer.nixl import NixlTransport, RawNixl
-from sglang_memserve.transfer.plan import Segment
+from sglang_memserve.transfer.plan import Segments
 from sglang_memserve.transfer.port import FetchSettings
 from sglang_memserve.types import Checksums, Namespace, PageKey
 
@@ -117,23 +118,24 @@ class Reader:
             assert time.monotonic() < until, self.pool.stats()
             time.sleep(0.01)
 
-    def one_descriptor(self, count: int) -> list[Segment]:
+    def one_descriptor(self, count: int) -> Segments:
         length = count * self.pool.block_bytes
         assert self.remote[count - 1] - self.remote[0] == length - self.pool.block_bytes
-        return [Segment(self.remote[0], self.pool.arena_base, length)]
+        return np.array([(self.remote[0], self.pool.arena_base, length)], dtype=np.uint64)
 
-    def descriptors(self, count: int, parts: int) -> list[Segment]:
+    def descriptors(self, count: int, parts: int) -> Segments:
         """Each block in ``parts``, which lie apart: all first parts, then all second parts, ..."""
         part_bytes = self.pool.block_bytes // parts
         far, near = self.remote[0], self.pool.arena_base
-        return [
-            Segment(far + offset, near + offset, part_bytes)
+        rows = [
+            (far + offset, near + offset, part_bytes)
             for block in range(count)
             for part in range(parts)
             for offset in [(part * count + block) * part_bytes]
         ]
+        return np.array(rows, dtype=np.uint64)
 
-    def read(self, batch: list[Segment]) -> float:
+    def read(self, batch: Segments) -> float:
         start = time.perf_counter()
         request = self.raw.submit(self.raw_peer, batch)
         while request is not None:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hypothesis import event, given, settings
+from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from sglang_memserve.errors import LimitExceeded, TransferFailed
@@ -34,7 +33,6 @@ from sglang_memserve.protocol.control import (
 )
 from sglang_memserve.transfer.base import ReadState, Store
 from sglang_memserve.transfer.outcome import Outcome
-from sglang_memserve.transfer.plan import batches, segments
 from sglang_memserve.transfer.port import FetchSettings, Greeting
 from sglang_memserve.transfer.round import Phase
 from sglang_memserve.transfer.state import Fetch
@@ -548,29 +546,3 @@ class World(RuleBasedStateMachine):
 
 TestWorld = World.TestCase
 TestWorld.settings = settings(max_examples=200, stateful_step_count=70, deadline=None)
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=40),
-    st.integers(1, 40),
-)
-def test_segments_and_batches_cover_each_block_once(
-    pairs: list[tuple[int, int]], max_blocks: int
-) -> None:
-    size = 16
-    remote = [1000 + far * size for far, _ in pairs]
-    local = [9000 + near * size for _, near in pairs]
-    limit = max_blocks * size
-    lists = list(batches(segments(remote, local, size, limit), limit))
-    parts = [part for batch in lists for part in batch]
-    covered = [
-        (part.remote + offset, part.local + offset)
-        for part in parts
-        for offset in range(0, part.length, size)
-    ]
-    assert covered == list(zip(remote, local, strict=True))
-    assert all(part.length <= limit for part in parts)
-    assert all(batch and sum(part.length for part in batch) <= limit for batch in lists)
-    for one, two in itertools.pairwise(parts):
-        adjacent = (one.remote + one.length, one.local + one.length) == (two.remote, two.local)
-        assert not adjacent or one.length + size > limit or one.length == limit

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ..errors import TransferFailed
 from .base import ReadState
-from .plan import Segment, segments
-from .regions import Regions, cut
+from .plan import Segments
+from .regions import Regions, segments_within
 
 _MERGE_BYTES = 1 << 20
 
@@ -21,7 +21,7 @@ _open: dict[str, LoopbackTransport] = {}
 @dataclass(slots=True)
 class _Read:
     peer: str
-    parts: list[Segment]
+    parts: Segments
     done: int = 0
 
 
@@ -69,8 +69,9 @@ class LoopbackTransport:
         if peer not in self._peers:
             raise TransferFailed(f"not connected to {peer!r}")
         holder = self._find(peer)
-        merged = segments(remote, local, block_bytes, _MERGE_BYTES)
-        parts = list(cut(merged, holder._regions, self._regions))
+        parts = segments_within(
+            remote, local, block_bytes, _MERGE_BYTES, holder._regions, self._regions
+        )
         handle = self._next
         self._next += 1
         self._reads[handle] = _Read(peer, parts)
@@ -85,11 +86,11 @@ class LoopbackTransport:
             return ReadState.FAILED
         todo = read.parts[read.done : read.done + self._per_poll]
         with holder._lock:
-            for part in todo:
-                if not holder._regions.covers(part.remote, part.length):
+            for far, near, length in todo.tolist():
+                if not holder._regions.covers(far, length):
                     del self._reads[handle]
                     return ReadState.FAILED
-                ctypes.memmove(part.local, part.remote, part.length)
+                ctypes.memmove(near, far, length)
         read.done += len(todo)
         if read.done < len(read.parts):
             return ReadState.RUNNING

@@ -33,8 +33,8 @@ import numpy as np
 
 from ..errors import TransferFailed
 from .base import ReadState
-from .plan import Segment, batches, segments
-from .regions import Regions, cut, describe, understand
+from .plan import Segments, batches
+from .regions import Regions, describe, segments_within, understand
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ _QUIET = {"NIXL_LOG_LEVEL": "FATAL", "UCX_LOG_LEVEL": "fatal", "UCX_LOG_FILE": "
 @dataclass(slots=True)
 class _Read:
     peer: str
-    todo: deque[list[Segment]]
+    todo: deque[Segments]
     running: list[int] = field(default_factory=list)
     failed: bool = False
 
@@ -130,9 +130,10 @@ class NixlTransport:
         known = self._peers.get(peer)
         if known is None or peer in self._leaving:
             raise TransferFailed(f"not connected to {peer}")
-        parts = segments(remote, local, block_bytes, _BATCH_BYTES)
-        todo = deque(batches(cut(parts, known.regions, self._regions), _BATCH_BYTES))
-        read = _Read(peer, todo)
+        parts = segments_within(
+            remote, local, block_bytes, _BATCH_BYTES, known.regions, self._regions
+        )
+        read = _Read(peer, deque(batches(parts, _BATCH_BYTES)))
         self._submit(read)
         if read.failed and not read.running:
             raise TransferFailed(f"NIXL refused a read from {peer}")
@@ -260,13 +261,13 @@ class RawNixl:
         except self._errors as error:
             log.debug("NIXL had forgotten %s already: %s", peer, _explain(error))
 
-    def submit(self, peer: str, batch: Sequence[Segment]) -> int | None:
+    def submit(self, peer: str, batch: Segments) -> int | None:
         """Start reading; None when it was done on the spot."""
         api = self._api
-        table = np.array(batch, dtype=np.uint64)
-        device = np.zeros(len(batch), dtype=np.uint64)
-        far = np.column_stack((table[:, 0], table[:, 2], device))
-        near = np.column_stack((table[:, 1], table[:, 2], device))
+        # NIXL's rows: address, bytes, device.
+        far, near = np.zeros_like(batch), np.zeros_like(batch)
+        far[:, 0], near[:, 0] = batch[:, 0], batch[:, 1]
+        far[:, 1] = near[:, 1] = batch[:, 2]
         request: int | None = None
         try:
             request = self._agent.createXferReq(

@@ -2,54 +2,53 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-
-class Segment(NamedTuple):
-    """``length`` bytes from the peer's address ``remote`` to our address ``local``."""
-
-    remote: int
-    local: int
-    length: int
+Addresses = npt.NDArray[np.uint64]
+# One row for each: the peer's address, our address, bytes.
+Segments = npt.NDArray[np.uint64]
 
 
 def segments(
-    remote: Sequence[int], local: Sequence[int], block_bytes: int, max_bytes: int
-) -> Iterator[Segment]:
-    """Blocks in order, neighbours on both sides merged into segments of at most ``max_bytes``.
+    remote: Addresses,
+    local: Addresses,
+    block_bytes: int,
+    max_bytes: int,
+    borders: npt.NDArray[np.bool_],
+) -> Segments:
+    """Blocks in order, neighbours on both sides merged into segments of at most ``max_bytes``, but
+    never across a border: ``borders[i]`` says that block ``i + 1`` does not go on from block ``i``.
 
     Segments hold whole blocks; a block larger than ``max_bytes`` is a segment of its own.
     """
     assert len(remote) == len(local), (len(remote), len(local))
-    if not remote:
-        return
-    far = np.array(remote, dtype=np.uint64)
-    near = np.array(local, dtype=np.uint64)
-    adjacent = (np.diff(far) == block_bytes) & (np.diff(near) == block_bytes)
-    starts = [0, *(np.flatnonzero(~adjacent) + 1).tolist(), len(remote)]
+    if len(remote) == 0:
+        return np.empty((0, 3), dtype=np.uint64)
+    breaks = (np.diff(remote) != block_bytes) | (np.diff(local) != block_bytes) | borders
     most_blocks = max(1, max_bytes // block_bytes)
-    for first, stop in itertools.pairwise(starts):
-        for start in range(first, stop, most_blocks):
-            count = min(most_blocks, stop - start)
-            yield Segment(remote[start], local[start], count * block_bytes)
+    starts = np.concatenate(([0], np.flatnonzero(breaks) + 1))
+    counts = np.diff(starts, append=len(remote))
+    if counts.max() > most_blocks:
+        of_run = np.repeat(starts, counts)
+        starts = np.flatnonzero((np.arange(len(remote)) - of_run) % most_blocks == 0)
+        counts = np.diff(starts, append=len(remote))
+    lengths = counts.astype(np.uint64) * np.uint64(block_bytes)
+    return np.column_stack((remote[starts], local[starts], lengths))
 
 
-def batches(parts: Iterator[Segment], max_bytes: int) -> Iterator[list[Segment]]:
+def batches(parts: Segments, max_bytes: int) -> list[Segments]:
     """Segments in order in lists of at most ``max_bytes``, but at least one segment each."""
-    batch: list[Segment] = []
-    total = 0
-    for part in parts:
-        if batch and total + part.length > max_bytes:
-            yield batch
-            batch, total = [], 0
-        batch.append(part)
-        total += part.length
-    if batch:
-        yield batch
+    ends = np.cumsum(parts[:, 2])
+    result: list[Segments] = []
+    first, done = 0, 0
+    while first < len(parts):
+        stop = max(first + 1, int(np.searchsorted(ends, done + max_bytes, side="right")))
+        result.append(parts[first:stop])
+        first, done = stop, int(ends[stop - 1])
+    return result
 
 
 def first_outside(

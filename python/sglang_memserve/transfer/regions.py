@@ -1,19 +1,21 @@
 """Registered memory: which ranges a transport has registered, and what a peer is told of them.
 
 A network cannot read across the end of a registration, even where the next one begins there. Blocks
-never lie across it, but merged neighbours may: ``cut`` parts them again.
+never lie across it, but neighbours that are merged might: ``segments_within`` keeps them apart.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import TransferFailed
-from .plan import Segment
+from .plan import Addresses, Segments, segments
 
 MAX_REGIONS = 4096
 
@@ -91,6 +93,18 @@ class Regions:
         found = self.find(address)
         return found is not None and address + length <= found.end
 
+    def places(self, addresses: Addresses, length: int) -> npt.NDArray[np.intp]:
+        """The number of the region that holds ``length`` bytes from each address; -1 for none."""
+        if not self._regions:
+            return np.full(len(addresses), -1, dtype=np.intp)
+        bases = np.array([region.base for region in self._regions], dtype=np.uint64)
+        lengths = np.array([region.length for region in self._regions], dtype=np.uint64)
+        found = np.searchsorted(bases, addresses, side="right") - 1
+        # Below the first region the difference wraps around, and is more than any length.
+        into = addresses - bases[found]
+        inside = (found >= 0) & (lengths[found] >= length) & (into <= lengths[found] - length)
+        return np.where(inside, found, -1)
+
     def replaces_any(self, older: Regions) -> bool:
         """Whether a range of ``older`` is part of another registration now. Ranges that are new or
         gone replace nothing."""
@@ -103,21 +117,25 @@ class Regions:
         )
 
 
-def cut(parts: Iterable[Segment], far: Regions, near: Regions) -> Iterator[Segment]:
-    """``parts`` in pieces that lie within one region on either side.
+def segments_within(
+    remote: Sequence[int],
+    local: Sequence[int],
+    block_bytes: int,
+    max_bytes: int,
+    far: Regions,
+    near: Regions,
+) -> Segments:
+    """``plan.segments`` that lie within one region on either side.
 
-    Raises TransferFailed at the first part that the regions do not cover."""
-    for part in parts:
-        remote, local, length = part
-        while length > 0:
-            there, here = far.find(remote), near.find(local)
-            if there is None:
-                raise TransferFailed(f"the peer has not registered {remote:#x}")
-            if here is None:
-                raise TransferFailed(f"our destination {local:#x} is not registered")
-            step = min(length, there.end - remote, here.end - local)
-            yield Segment(remote, local, step)
-            remote, local, length = remote + step, local + step, length - step
+    Raises TransferFailed for a block that a region does not cover."""
+    there, here = np.array(remote, dtype=np.uint64), np.array(local, dtype=np.uint64)
+    far_of, near_of = far.places(there, block_bytes), near.places(here, block_bytes)
+    if (far_of < 0).any():
+        raise TransferFailed(f"the peer has not registered {there[far_of < 0][0]:#x}")
+    if (near_of < 0).any():
+        raise TransferFailed(f"our destination {here[near_of < 0][0]:#x} is not registered")
+    borders = (np.diff(far_of) != 0) | (np.diff(near_of) != 0)
+    return segments(there, here, block_bytes, max_bytes, borders)
 
 
 _encoder = msgspec.msgpack.Encoder()
