@@ -15,6 +15,7 @@ from sglang_memserve.errors import ConfigError, MemServeError
 
 from .app import running
 from .config import RouterConfig, parse_args
+from .connection import BoundedProtocol
 
 BACKLOG = 2048
 # Clients that open a connection a minute keep it; the instances' side has its own figure.
@@ -76,6 +77,8 @@ async def serve(config: RouterConfig, listener: socket.socket) -> None:
                 access_log=False,
                 log_config=None,
                 log_level="warning",
+                http=BoundedProtocol,
+                ws="none",
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=DRAIN_S,
                 server_header=False,

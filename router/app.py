@@ -33,7 +33,7 @@ from starlette.responses import Response
 from starlette.routing import Route as Mount
 
 from . import headers, replies
-from .asgi import ClientGone
+from .asgi import ClientGone, SlowBody
 from .config import RouterConfig
 from .control import Control
 from .cost import CostModel
@@ -66,6 +66,7 @@ STATUS_OF: tuple[tuple[type[MemServeError], int], ...] = (
     (VersionMismatch, 409),
     (ProtocolError, 400),
     (ConfigError, 400),
+    (SlowBody, 408),
     (LimitExceeded, 413),
     (NoInstance, 503),
     (PeerError, 502),
@@ -193,8 +194,13 @@ async def _on_error(request: Request, error: Exception) -> Response:
     status = next((code for kind, code in STATUS_OF if isinstance(error, kind)), 500)
     if request.url.path.startswith("/memserve/"):
         body = {"error": {"message": str(error), "type": type(error).__name__, "code": status}}
-        return replies.json_response(body, status)
-    return replies.as_response(replies.error(status, str(error), type(error).__name__))
+        response = replies.json_response(body, status)
+    else:
+        response = replies.as_response(replies.error(status, str(error), type(error).__name__))
+    if isinstance(error, LimitExceeded):
+        # The rest of the body is not read.
+        response.headers["connection"] = "close"
+    return response
 
 
 async def _on_client_gone(request: Request, error: Exception) -> Response:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable
 from typing import TypeVar
 
-from sglang_memserve.errors import LimitExceeded, PeerError
+from sglang_memserve.errors import LimitExceeded, MemServeError, PeerError
 from sglang_memserve.protocol.http import decode
 from starlette.requests import Request
 
 from . import headers as header
+from . import replies
 from .proxy import Answer
 from .replies import Receive, Reply, Scope, Send, stream_error
 
 DONE = b"data: [DONE]\n\n"
 TAIL_BYTES = len(DONE)
+# A body may take this long, and as much longer as its bytes need at the pace of a poor line.
+BODY_GRACE_S = 30.0
+BODY_BYTES_PER_S = 32 * 2**10
 
 T = TypeVar("T")
 
@@ -23,28 +28,49 @@ class ClientGone(Exception):
     """The client closed its connection."""
 
 
+class SlowBody(LimitExceeded):
+    """A body that comes too slowly to be waited for."""
+
+
 class Broken(Exception):
     """An answer broke off after parts of it were sent: the connection must not look well ended."""
 
 
 async def read_body(receive: Receive, raw_headers: header.RawHeaders, limit: int) -> bytes:
-    """The whole body. Raises LimitExceeded beyond ``limit`` bytes, ClientGone."""
+    """The whole body. Raises LimitExceeded beyond ``limit`` bytes, SlowBody, ClientGone."""
     announced = header.get(raw_headers, b"content-length")
+    too_large = f"the request body is larger than {limit} bytes"
     if announced is not None and announced.isdigit() and int(announced) > limit:
-        raise LimitExceeded(f"a body of {int(announced)} bytes")
+        raise LimitExceeded(too_large)
     parts: list[bytes] = []
     size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        part = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise LimitExceeded(f"a body of more than {limit} bytes")
-        parts.append(part)
-        if not message.get("more_body", False):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+    began = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout_at(began + BODY_GRACE_S) as deadline:
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part = message.get("body", b"")
+                size += len(part)
+                if size > limit:
+                    raise LimitExceeded(too_large)
+                parts.append(part)
+                if not message.get("more_body", False):
+                    return parts[0] if len(parts) == 1 else b"".join(parts)
+                deadline.reschedule(began + BODY_GRACE_S + size / BODY_BYTES_PER_S)
+    except TimeoutError as error:
+        raise SlowBody(f"only {size} bytes of the request body came in time") from error
+
+
+def refusal(error: MemServeError) -> Reply:
+    """What a client is told whose body was not accepted."""
+    match error:
+        case SlowBody():
+            return replies.closing(408, str(error))
+        case LimitExceeded():
+            return replies.closing(413, str(error))
+    return replies.bad_request(str(error))
 
 
 async def read_json(request: Request, kind: type[T], limit: int) -> T:

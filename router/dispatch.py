@@ -17,7 +17,7 @@ import time
 from sglang_memserve.errors import LimitExceeded, NoInstance, PeerError, ProtocolError
 
 from . import prompts, replies
-from .asgi import Broken, Client, ClientGone, read_body, until_gone
+from .asgi import Broken, Client, ClientGone, read_body, refusal, until_gone
 from .forward import Forwarding
 from .headers import Verdict
 from .instances import Instances
@@ -67,11 +67,7 @@ class Dispatcher:
         except ClientGone:
             return
         except (LimitExceeded, ProtocolError) as error:
-            too_big = isinstance(error, LimitExceeded)
-            limit = self._limits.max_body_bytes
-            await client.reply(
-                replies.too_large(limit) if too_big else replies.bad_request(str(error))
-            )
+            await client.reply(refusal(error))
             self._count(route, client)
             return
         try:

@@ -14,7 +14,7 @@ from sglang_memserve.errors import LimitExceeded, NoInstance, PeerError
 from sglang_memserve.types import InstanceId
 
 from . import replies
-from .asgi import Broken, Client, ClientGone, read_body, until_gone
+from .asgi import Broken, Client, ClientGone, read_body, refusal, until_gone
 from .headers import Verdict, to_instance
 from .instances import Instances
 from .member import Outcome
@@ -60,8 +60,8 @@ class Passthrough:
             data = await read_body(receive, client.headers, self._max_body_bytes)
         except ClientGone:
             return
-        except LimitExceeded:
-            await client.reply(replies.too_large(self._max_body_bytes))
+        except LimitExceeded as error:
+            await client.reply(refusal(error))
             return
         unknown = self._unknown_model(client, data)
         if unknown is not None:

@@ -103,9 +103,9 @@ def unavailable(message: str, instances: Mapping[str, str]) -> Reply:
     return reply
 
 
-def too_large(limit_bytes: int) -> Reply:
-    reply = error(413, f"the request body is larger than {limit_bytes} bytes")
-    # The rest of the body is not read.
+def closing(status: int, message: str) -> Reply:
+    """For a request whose body is not read to its end."""
+    reply = error(status, message)
     reply.headers.append((b"connection", b"close"))
     return reply
 

@@ -25,6 +25,7 @@ from sglang_memserve.protocol.http import FetchResult, InstanceInfo, RankInfo
 from sglang_memserve.router.__main__ import listen
 from sglang_memserve.router.app import running
 from sglang_memserve.router.config import RouterConfig, StaticInstance
+from sglang_memserve.router.connection import Bounds, bounded
 from sglang_memserve.router.limits import Limits, StepDeadlines
 from sglang_memserve.types import InstanceId, Namespace, Role
 
@@ -258,6 +259,7 @@ async def router_over(
     extra: tuple[StaticInstance, ...] = (),
     limits: Limits | None = None,
     deadlines: StepDeadlines | None = None,
+    bounds: Bounds = Bounds(),  # noqa: B008 - frozen
     **settings: Any,
 ) -> AsyncIterator[Router]:
     """The real router on a real socket, over machines that have been heard of and followed."""
@@ -270,7 +272,14 @@ async def router_over(
     try:
         async with running(config, limits=limits, steps=deadlines) as app:
             server = uvicorn.Server(
-                uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+                uvicorn.Config(
+                    app,
+                    http=bounded(bounds),
+                    ws="none",
+                    lifespan="off",
+                    log_config=None,
+                    timeout_graceful_shutdown=1,
+                )
             )
             serving = asyncio.create_task(server.serve(sockets=[listener]))
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
