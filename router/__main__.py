@@ -17,6 +17,8 @@ from .app import running
 from .config import RouterConfig, parse_args
 from .connection import BoundedProtocol
 
+logger = logging.getLogger(__name__)
+
 BACKLOG = 2048
 # Clients that open a connection a minute keep it; the instances' side has its own figure.
 KEEP_ALIVE_S = 75
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    if config.warning:
+        logger.warning("%s", config.warning)
     # uvicorn raises the signals it caught once more when it has shut down; that is not a crash.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore)

@@ -1,13 +1,13 @@
 """The router's settings: the command line, parsed and checked once, frozen.
 
-The spellings of sglang-router are accepted as well (``--worker-urls``, ``--prefill URL [PORT]``,
-``--decode URL``, ``cache_aware``, ``round_robin``), so that an existing command line works.
+``flags`` accepts the spellings of sglang-router as well, and a file of settings.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -16,10 +16,11 @@ from sglang_memserve.config import parse_size, parse_url
 from sglang_memserve.errors import ConfigError
 from sglang_memserve.types import InstanceId, Role
 
+from .flags import policy_name, translate
 from .policy.registry import POLICIES
 
-_POLICY_ALIASES = {"cache-aware": "cost"}
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+_LOG_LEVEL_SPELLINGS = {"warn": "warning"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class RouterConfig:
     """Durations are seconds. ``bypass_tokens``: see ``policy.registry.make_policy``.
 
     ``model_path``: folder of the tokenizer, where it is not the instances' model path.
+    ``warning``: what was asked for and has no effect, if anything.
     """
 
     host: str = "127.0.0.1"
@@ -50,6 +52,7 @@ class RouterConfig:
     fetch_timeout_s: float = 10.0
     max_body_bytes: int = 64 * 2**20
     log_level: str = "info"
+    warning: str = ""
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -89,16 +92,17 @@ class _Parser(argparse.ArgumentParser):
 
 def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
     """Raises ConfigError, one line, for anything wrong; ``--help`` prints and exits."""
-    args = _parser().parse_args(argv)
+    translated = translate(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(translated.argv)
     instances = [StaticInstance(_url(url)) for url in args.instance + _flat(args.worker_urls)]
     instances += [StaticInstance(_paired(words), Role.PREFILL) for words in args.prefill]
     instances += [StaticInstance(_url(url), Role.DECODE) for url in _flat(args.decode)]
-    policy = args.policy.replace("_", "-")
+    level = args.log_level.lower()
     return RouterConfig(
         host=args.host,
         port=args.port,
         instances=tuple(instances),
-        policy=_POLICY_ALIASES.get(policy, policy),
+        policy=policy_name(args.policy),
         bypass_tokens=args.bypass_tokens,
         model_path=args.model_path,
         api_key=args.api_key,
@@ -107,7 +111,8 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
         request_timeout_s=args.request_timeout_s,
         fetch_timeout_s=args.fetch_timeout_s,
         max_body_bytes=parse_size(args.max_body_bytes),
-        log_level=args.log_level.lower(),
+        log_level=_LOG_LEVEL_SPELLINGS.get(level, level),
+        warning=translated.warning,
     )
 
 
@@ -116,9 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="python -m sglang_memserve.router",
         description="One URL for many SGLang instances that share their KV cache.",
+        epilog="sglang-router's flags are accepted as well.",
         allow_abbrev=False,
     )
     add = parser.add_argument
+    add("--config", metavar="FILE", help="flags and their values in YAML; the command line wins")
     add("--host", default=defaults.host)
     add("--port", type=int, default=defaults.port)
     where = parser.add_argument_group(
@@ -135,11 +142,6 @@ def _parser() -> argparse.ArgumentParser:
         help="prefill here; a bootstrap port is accepted and not needed",
     )
     where.add_argument("--decode", action="append", nargs="+", default=[], metavar="URL")
-    where.add_argument(
-        "--pd-disaggregation",
-        action="store_true",
-        help="accepted and not needed: roles are labels here",
-    )
     add("--policy", default=defaults.policy, help=f"{_policy_names()} (default: %(default)s)")
     add(
         "--bypass-tokens",

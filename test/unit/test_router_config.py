@@ -15,7 +15,7 @@ def test_defaults() -> None:
 def test_instances_in_every_spelling() -> None:
     argv = (
         "--instance http://a:1/ --worker-urls http://b:1 http://b:2 --prefill http://p:1 9000 "
-        "--prefill http://p:2 none --prefill http://p:3 --decode http://d:1 --pd-disaggregation"
+        "--prefill http://p:2 none --prefill http://p:3 --decode http://d:1"
     )
     assert parse_args(argv.split()).instances == (
         StaticInstance(InstanceId("http://a:1")),
@@ -30,7 +30,13 @@ def test_instances_in_every_spelling() -> None:
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("round_robin", "round-robin"), ("cache_aware", "cost"), ("session", "session")],
+    [
+        ("round_robin", "round-robin"),
+        ("cache_aware", "cost"),
+        ("power_of_two", "least-load"),
+        ("random", "round-robin"),
+        ("session", "session"),
+    ],
 )
 def test_policy_spellings(given: str, meant: str) -> None:
     assert parse_args(["--policy", given]).policy == meant
@@ -74,6 +80,7 @@ def test_everything_else() -> None:
         ("--prefill http://a:1 http://b:1", "takes one URL"),
         ("--instance http://a:1 --decode http://a:1", "listed more than once"),
         ("--polcy cost", "unrecognized arguments"),
+        ("--policy manual", "use session"),
     ],
 )
 def test_mistakes_are_one_line(argv: str, message: str) -> None:
