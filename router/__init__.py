@@ -12,13 +12,13 @@ In dependency order:
 ``breaker`` ``member`` ``instances``   who is there, in which state
 ``feed`` ``polling``   shells: residency events, listed URLs
 ``prompts`` ``chat_template`` ``tokenize``   bodies to token ids
-``headers`` ``replies`` ``models``   what is said to clients and instances
+``ids`` ``headers`` ``replies`` ``models``   what is said to clients and instances
 ``metrics``        what is counted
 ``proxy`` ``live``   HTTP to instances, and stopping it
 ``introductions``  a shell: tells instances who the others are
 ``placement``      token ids to a plan
 ``fetches`` ``prefill`` ``steps``   what comes before decode
-``asgi`` ``turn`` ``prepare`` ``forward`` ``dispatch`` ``passthrough``   requests
+``asgi`` ``turn`` ``prepare`` ``forward`` ``dispatch`` ``passthrough`` ``shortcut``   requests
 ``members`` ``control``   everything else
 ``app`` ``__main__``   putting it together
 """

@@ -86,6 +86,8 @@ async def serve(config: RouterConfig, listener: socket.socket) -> None:
                 timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=DRAIN_S,
                 server_header=False,
+                # Nobody here asks for the client's address.
+                proxy_headers=False,
             )
         )
         host, port = listener.getsockname()[:2]

@@ -54,13 +54,15 @@ from .polling import Poller
 from .prepare import Preparation
 from .prompts import Route
 from .proxy import Deadlines, Upstream
-from .replies import Receive, Scope, Send
+from .replies import App, Receive, Scope, Send
+from .shortcut import Shortcut
 from .steps import Steps
 from .tokenize import Tokenization
 
 logger = logging.getLogger(__name__)
 
 ASK_S = 10.0
+INFERENCE_METHODS = frozenset({"POST", "PUT"})
 STATUS_OF: tuple[tuple[type[MemServeError], int], ...] = (
     (NamespaceMismatch, 409),
     (VersionMismatch, 409),
@@ -153,7 +155,9 @@ async def _assemble(
     control = Control(instances, source_states, upstream, live, metrics, most)
     members = Members(instances, source_states, tree, most)
     rest = Passthrough(instances, upstream, metrics, rotation, most, config.api_key)
-    return Guard(_application(dispatcher, control, members, rest), config.api_key)
+    inference = {route.value: dispatcher for route in Route}
+    app = _application(dispatcher, control, members, rest)
+    return Guard(Shortcut(app, inference, INFERENCE_METHODS), config.api_key)
 
 
 def _application(
@@ -163,7 +167,7 @@ def _application(
     app.add_exception_handler(MemServeError, _on_error)
     app.add_exception_handler(ClientGone, _on_client_gone)
     for route in Route:
-        app.router.routes.append(Mount(route.value, dispatcher, methods=["POST", "PUT"]))
+        app.router.routes.append(Mount(route.value, dispatcher, methods=[*INFERENCE_METHODS]))
     get, post, either = ["GET"], ["POST"], ["GET", "POST"]
     paths: Sequence[tuple[str, Any, list[str]]] = (
         ("/liveness", control.liveness, get),
@@ -211,7 +215,7 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 class Guard:
     """The outermost application: the API key. Plain ASGI."""
 
-    def __init__(self, app: FastAPI, api_key: str | None) -> None:
+    def __init__(self, app: App, api_key: str | None) -> None:
         self.app = app
         self._api_key = api_key
 

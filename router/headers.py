@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import secrets
-import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from .ids import new_id
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 """ASGI's form: lower-case names, undecoded values."""
@@ -49,7 +50,7 @@ def request_id(headers: RawHeaders) -> str:
         text = given.decode("ascii").strip()
         if text and text.isprintable():
             return text
-    return uuid.uuid4().hex
+    return new_id()
 
 
 def authorized(headers: RawHeaders, path: str, api_key: str | None) -> bool:

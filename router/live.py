@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from sglang_memserve.errors import LimitExceeded, PeerError
 from sglang_memserve.types import InstanceId
 
+from .ids import new_id
 from .proxy import Upstream
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Live:
 
 def new_rid() -> str:
     """An id for an instance: the same one twice there would be refused while the first lives."""
-    return uuid.uuid4().hex
+    return new_id()
 
 
 class LiveRequests:

@@ -19,7 +19,12 @@ import pytest
 from sglang_memserve.errors import ConfigError, PeerError
 from sglang_memserve.router.chat_template import ChatTemplate, Unrenderable
 from sglang_memserve.router.prompts import Chat, Opaque, Texts, TokenIds
-from sglang_memserve.router.tokenize import Backend, ModelTokenizer, Tokenization
+from sglang_memserve.router.tokenize import (
+    INLINE_CHARACTERS,
+    Backend,
+    ModelTokenizer,
+    Tokenization,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 CHATML = (
@@ -285,11 +290,43 @@ def test_the_queue_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             return [7]
 
         monkeypatch.setattr(ModelTokenizer, "encode", slow)
-        waiting = [asyncio.create_task(service.tokenize(Texts(("x",)))) for _ in range(3)]
+        long = Texts(("x" * (INLINE_CHARACTERS + 1),))
+        waiting = [asyncio.create_task(service.tokenize(long)) for _ in range(3)]
         await asyncio.sleep(0)
-        assert (await service.tokenize(Texts(("x",)))).reason == "tokenizer busy"
+        assert (await service.tokenize(long)).reason == "tokenizer busy"
         release.set()
         assert [task.ids for task in await asyncio.gather(*waiting)] == [([7],)] * 3
+        service.close()
+
+    asyncio.run(scenario())
+
+
+def test_short_prompts_need_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path / "m", CHATML)
+    threads: set[str] = set()
+
+    def encode(self: ModelTokenizer, text: str) -> list[int]:
+        threads.add(threading.current_thread().name)
+        return [7]
+
+    async def scenario() -> None:
+        service = Tokenization(no_engine, threads=1)
+        await service.prepare(str(folder))
+        monkeypatch.setattr(ModelTokenizer, "encode", encode)
+        monkeypatch.setattr(ModelTokenizer, "chat", lambda self, _: encode(self, ""))
+        half = "x" * (INLINE_CHARACTERS // 2)
+        for short in (Texts((half, half)), Chat({"messages": [user(half), user(half)]})):
+            await service.tokenize(short)
+        assert threads == {threading.current_thread().name}
+        threads.clear()
+        for long in (
+            Texts((half, half, "x")),
+            Chat({"messages": [user(half), user(half), user("x")]}),
+            Chat({"messages": [user("x")], "tools": [{}]}),
+            Chat({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}),
+        ):
+            await service.tokenize(long)
+        assert len(threads) == 1 and threads != {threading.current_thread().name}
         service.close()
 
     asyncio.run(scenario())
