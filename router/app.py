@@ -33,6 +33,7 @@ from starlette.responses import Response
 from starlette.routing import Route as Mount
 
 from . import headers, replies
+from .aliases import Aliases
 from .asgi import ClientGone, SlowBody
 from .config import RouterConfig
 from .control import Control
@@ -156,12 +157,12 @@ async def _assemble(
     members = Members(instances, source_states, tree, most)
     rest = Passthrough(instances, upstream, metrics, rotation, most, config.api_key)
     inference = {route.value: dispatcher for route in Route}
-    app = _application(dispatcher, control, members, rest)
+    app = _application(dispatcher, control, members, Aliases(instances, most), rest)
     return Guard(Shortcut(app, inference, INFERENCE_METHODS), config.api_key)
 
 
 def _application(
-    dispatcher: Dispatcher, control: Control, members: Members, rest: Passthrough
+    dispatcher: Dispatcher, control: Control, members: Members, aliases: Aliases, rest: Passthrough
 ) -> FastAPI:
     app = FastAPI(title="MemServe router", docs_url=None, redoc_url=None)
     app.add_exception_handler(MemServeError, _on_error)
@@ -183,6 +184,11 @@ def _application(
         ("/workers", members.workers, get),
         ("/workers", members.add_worker, post),
         ("/workers/{url:path}", members.remove_worker, ["DELETE"]),
+        ("/add_worker", aliases.add_worker, post),
+        ("/remove_worker", aliases.remove_worker, post),
+        ("/list_workers", aliases.list_workers, get),
+        ("/get_loads", aliases.worker_loads, get),
+        ("/v1/loads", aliases.loads, get),
         ("/memserve/register", members.register, post),
         ("/memserve/heartbeat", members.heartbeat, post),
         ("/memserve/deregister", members.deregister, post),

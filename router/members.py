@@ -11,7 +11,7 @@ import msgspec
 from sglang_memserve.config import parse_role
 from sglang_memserve.errors import ConfigError
 from sglang_memserve.protocol.http import Heartbeat, Registration
-from sglang_memserve.types import InstanceId
+from sglang_memserve.types import InstanceId, Role
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -65,11 +65,10 @@ class Members:
         where none is given."""
         body = await read_json(request, dict[str, Any], self.max_body_bytes)
         url = body.get("url")
-        role = body.get("role", body.get("worker_type"))
-        if not isinstance(url, str) or not isinstance(role, str | None):
+        role = listed_role(body.get("role", body.get("worker_type")))
+        if not isinstance(url, str):
             raise ConfigError("a worker needs a 'url', and maybe a 'role'")
-        fixed = None if role in (None, "regular") else parse_role(str(role))
-        return json_response({"url": self.instances.add_static(url, fixed)}, 202)
+        return json_response({"url": self.instances.add_static(url, role)}, 202)
 
     async def remove_worker(self, request: Request) -> Response:
         url = InstanceId(unquote(request.path_params["url"]).rstrip("/"))
@@ -110,6 +109,15 @@ class Members:
                 "sources": dict(self.source_states()),
             }
         )
+
+
+def listed_role(given: object) -> Role | None:
+    """The role an operator gives a worker; None leaves it to the worker. Raises ConfigError."""
+    if given is None or given == "regular":
+        return None
+    if not isinstance(given, str):
+        raise ConfigError("a worker's 'role' must be a word")
+    return parse_role(given)
 
 
 def _worker(member: MemberStatus, states: Mapping[str, str]) -> dict[str, object]:
