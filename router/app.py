@@ -35,6 +35,7 @@ from starlette.routing import Route as Mount
 from . import headers, replies
 from .aliases import Aliases
 from .asgi import ClientGone, SlowBody
+from .bookings import Bookings
 from .config import RouterConfig
 from .control import Control
 from .cost import CostModel
@@ -106,7 +107,8 @@ async def _assemble(
     policy = make_policy(config.policy, rotation, costs, config.bypass_tokens)
     feed = Feed(tree, session, clock=time.monotonic, wall_clock=time.time, headers=key)
     stack.push_async_callback(feed.close)
-    newcomers, introductions = Newcomers(costs), Introductions(upstream)
+    bookings = Bookings(time.monotonic, costs)
+    newcomers, introductions = Newcomers(costs, bookings), Introductions(upstream)
     stack.push_async_callback(introductions.close)
     instances = Instances(
         time.monotonic,
@@ -135,6 +137,7 @@ async def _assemble(
         policy_name=config.policy,
         rotation=rotation,
         tokenization=tokenization,
+        bookings=bookings,
         steps=Steps(upstream, instances, costs, metrics, deadlines),
         metrics=metrics,
     )
@@ -238,9 +241,10 @@ class Guard:
 class Newcomers:
     """A ``Listener`` that gets ready for an instance's model and prices when it joins."""
 
-    def __init__(self, costs: CostModel) -> None:
+    def __init__(self, costs: CostModel, bookings: Bookings) -> None:
         self.tokenization: Tokenization | None = None
         self._costs = costs
+        self._bookings = bookings
         self._tasks: set[asyncio.Task[None]] = set()
 
     def joined(self, info: InstanceInfo) -> None:
@@ -254,6 +258,7 @@ class Newcomers:
 
     def left(self, instance: InstanceId) -> None:
         self._costs.forget(instance)
+        self._bookings.forget(instance)
 
     def beat(self, instance: InstanceId, generation: Generation, event_seq: int) -> None:
         pass

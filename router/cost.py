@@ -1,26 +1,35 @@
 """What things cost here: seconds of prefill and of transfer, learnt while serving.
 
-Two linear models whose coefficients are never negative:
-
-    prefill   seconds = a + b * new + c * new * (cached + new / 2)     per instance
-    transfer  seconds = latency + pages' bytes / bandwidth             per (source, target)
+    prefill   seconds = a + b * new + c * new * (cached + new / 2)            per instance
+    transfer  seconds = latency + (bytes + bytes beside them) / bandwidth     per (source, target)
 
 ``new`` tokens each attend to what is cached and to half of the new ones on average, hence the
-third term. Each model is a weighted least-squares fit with forgetting: observations count by their
-relative error, older ones fade, and a prior stands in for what has not been seen. The prior of an
-instance is what the whole fleet has shown; the fleet's is a small CPU (docs/router-core.md).
-Nothing is stored but sums, so memory is constant for each instance and pair.
+third term: prefill is not linear in what is left to compute. ``bytes beside them``: ``flows``.
+Pages that move while their prompt is computed take only a part of their time afterwards; that part
+is measured too.
 
-Owned by one event loop. No clock: durations come from the caller.
+Each model is a guarded least-squares fit (``fit``): observations count by their relative error,
+older ones fade, surprises must be confirmed, no coefficient is negative. A prior stands in for what
+has not been seen: of an instance what the whole fleet has shown, of the fleet a small CPU
+(docs/router-core.md). What an instance showed long ago counts less the more the others have
+shown since: one that was slow once, and gets no work because of that, is tried again.
+
+Nothing is stored but sums, so memory is constant for each instance and pair. Owned by one event
+loop. No clock: durations come from the caller.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import combinations
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from sglang_memserve.types import InstanceId
+
+from .fit import LinearFit, Observation, RobustFit
+from .flows import Flow, Flows
+from .spells import Computed, Spell
 
 # SmolLM2-135M on one core: 1 ms a token, 2 GB/s between two processes. The first observation
 # scales it to the machine at hand.
@@ -28,104 +37,84 @@ PRIOR_PREFILL = (0.010, 8e-4, 1e-7)
 PRIOR_TRANSFER = (0.005, 0.5e-9)
 DEFAULT_PAGE_BYTES = 368_640
 
-_RELATIVE_ERROR = 0.2
 # Loose for the fleet, tighter for one instance of a fleet that is known.
 _FLEET_PRIOR_SPREAD = 3.0
 _MEMBER_PRIOR_SPREAD = 1.0
-_FORGET = 0.98
-_LEAST_SECONDS = 1e-4
+# What is left of an instance's own observations after one more by the others.
+_FADE = 0.99
+# Observations by anybody before a surprise is recognised as one.
+_ENOUGH = 3
 _TYPICAL_PROMPT_TOKENS = 1000
+_TYPICAL_GAIN = 0.05
+_TAIL_GAIN = 0.2
+_MOST_TAIL = 50.0
+
+_K = TypeVar("_K")
 
 
-class LinearFit:
-    """Non-negative least squares of ``seconds ~ theta . features`` with forgetting and a prior."""
+@dataclass(slots=True)
+class _Learnt:
+    """One instance's or pair's fit. ``fleet_at``: the fleet's observations at its last own one;
+    ``solved_at``: at the time ``theta`` was solved."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._gram = [[0.0] * size for _ in range(size)]
-        self._moment = [0.0] * size
-        self.observations = 0
-
-    def observe(self, features: Sequence[float], seconds: float) -> None:
-        assert len(features) == self._size, (features, self._size)
-        seconds = max(seconds, _LEAST_SECONDS)
-        weight = 1.0 / (_RELATIVE_ERROR * seconds) ** 2
-        for i, x in enumerate(features):
-            self._moment[i] = self._moment[i] * _FORGET + weight * x * seconds
-            for j, y in enumerate(features):
-                self._gram[i][j] = self._gram[i][j] * _FORGET + weight * x * y
-        self.observations += 1
-
-    def solve(self, prior: Sequence[float], spread: float) -> tuple[float, ...]:
-        """Coefficients, all >= 0. Without observations, the prior.
-
-        The prior is scaled to what was observed first, so that it speaks of proportions: a machine
-        or a network may be a thousand times faster or slower than it says. ``spread``: how far
-        each coefficient may then be off, as a multiple of itself.
-        """
-        gram = [row[:] for row in self._gram]
-        moment = self._moment[:]
-        scale = self._scale(prior)
-        prior = [value * scale for value in prior]
-        for i, value in enumerate(prior):
-            # A coefficient that the prior has at zero may still grow a little.
-            precision = 1.0 / (spread * max(value, 1e-12)) ** 2
-            gram[i][i] += precision
-            moment[i] += precision * value
-        return _solve_nonnegative(gram, moment)
-
-    def _scale(self, prior: Sequence[float]) -> float:
-        """The factor that fits a multiple of the prior to the observations best."""
-        pairs = [(i, j) for i in range(self._size) for j in range(self._size)]
-        square = sum(prior[i] * self._gram[i][j] * prior[j] for i, j in pairs)
-        product = sum(m * value for m, value in zip(self._moment, prior, strict=True))
-        return product / square if square > 0 and product > 0 else 1.0
+    fit: RobustFit
+    fleet_at: int = 0
+    solved_at: int = -1
+    theta: tuple[float, ...] = ()
 
 
-def _solve_nonnegative(gram: list[list[float]], moment: list[float]) -> tuple[float, ...]:
-    """Minimise ``x G x / 2 - m x`` over x >= 0 by trying every support: there are at most 8."""
-    size = len(moment)
-    best, best_value = (0.0,) * size, 0.0
-    for count in range(size, 0, -1):
-        for support in combinations(range(size), count):
-            solved = _solve([[gram[i][j] for j in support] for i in support], moment, support)
-            if any(value < 0 or not math.isfinite(value) for value in solved):
-                continue
-            full = [0.0] * size
-            for i, value in zip(support, solved, strict=True):
-                full[i] = value
-            # At the minimum of a support, x G x = m x.
-            value = -sum(m * x for m, x in zip(moment, full, strict=True)) / 2
-            if value < best_value:
-                best, best_value = tuple(full), value
-        if count == size and best_value < 0:
-            break
-    return best
+class _Family(Generic[_K]):
+    """One model for many instances or pairs, and for the fleet of all of them."""
 
+    def __init__(self, prior: tuple[float, ...]) -> None:
+        self._prior = prior
+        self._members: dict[_K, _Learnt] = {}
+        self._fleet = LinearFit(len(prior))
+        self._known: tuple[float, ...] | None = None
 
-def _solve(
-    matrix: list[list[float]], moment: Sequence[float], support: Sequence[int]
-) -> list[float]:
-    """Gaussian elimination of a positive definite system, scaled to a unit diagonal first: the
-    coefficients' units differ by eight orders of magnitude."""
-    size = len(support)
-    scale = [1.0 / math.sqrt(matrix[i][i]) for i in range(size)]
-    rows = [
-        [matrix[i][j] * scale[i] * scale[j] for j in range(size)] + [moment[support[i]] * scale[i]]
-        for i in range(size)
-    ]
-    for i in range(size):
-        pivot = rows[i][i]
-        if pivot <= 1e-12:
-            return [-1.0] * size
-        for k in range(i + 1, size):
-            factor = rows[k][i] / pivot
-            rows[k] = [a - factor * b for a, b in zip(rows[k], rows[i], strict=True)]
-    solved = [0.0] * size
-    for i in reversed(range(size)):
-        rest = sum(rows[i][j] * solved[j] for j in range(i + 1, size))
-        solved[i] = (rows[i][size] - rest) / rows[i][i]
-    return [value * factor for value, factor in zip(solved, scale, strict=True)]
+    def observe(self, member: _K, features: tuple[float, ...], seconds: float) -> None:
+        learnt = self._members.get(member)
+        if learnt is None:
+            learnt = self._members[member] = _Learnt(RobustFit(len(self._prior)))
+        predicted = None
+        if self._fleet.observations >= _ENOUGH:
+            predicted = sum(a * b for a, b in zip(self.theta(member), features, strict=True))
+        for seen in learnt.fit.observe(Observation(features, seconds), predicted):
+            self._fleet.observe(seen.features, seen.seconds)
+            self._known = None
+            learnt.fleet_at, learnt.solved_at = self._fleet.observations, -1
+
+    def theta(self, member: _K) -> tuple[float, ...]:
+        """Coefficients; those of the fleet for one that has shown nothing."""
+        learnt = self._members.get(member)
+        if learnt is None or not learnt.fit.fit.observations:
+            return self.fleet()
+        seen = self._fleet.observations
+        # Solving anew for what others showed can wait a little, once there is plenty.
+        if learnt.solved_at < 0 or seen - learnt.solved_at > min(learnt.solved_at / 4, 64):
+            trust = _FADE ** (seen - learnt.fleet_at)
+            learnt.theta = learnt.fit.fit.solve(self.fleet(), _MEMBER_PRIOR_SPREAD, trust)
+            learnt.solved_at = seen
+        return learnt.theta
+
+    def fleet(self) -> tuple[float, ...]:
+        if self._known is None:
+            self._known = self._fleet.solve(self._prior, _FLEET_PRIOR_SPREAD)
+        return self._known
+
+    def observations(self, member: _K | None = None) -> tuple[int, int]:
+        """Taken and refused; of the fleet without ``member``."""
+        if member is not None:
+            fit = self._members[member].fit
+            return fit.fit.observations, fit.refused
+        return self._fleet.observations, sum(one.fit.refused for one in self._members.values())
+
+    def members(self) -> Iterator[_K]:
+        yield from self._members
+
+    def forget(self, members: list[_K]) -> None:
+        for member in members:
+            self._members.pop(member, None)
 
 
 class CostModel:
@@ -141,15 +130,11 @@ class CostModel:
         page_bytes: int = DEFAULT_PAGE_BYTES,
     ) -> None:
         self.page_bytes = page_bytes
-        self._prior_prefill = prior_prefill
-        self._prior_transfer = prior_transfer
-        self._prefill_fits: dict[InstanceId, LinearFit] = {}
-        self._transfer_fits: dict[tuple[InstanceId, InstanceId], LinearFit] = {}
-        self._fleet_prefill = LinearFit(3)
-        self._fleet_transfer = LinearFit(2)
-        # Solved coefficients; cleared by observations, since predictions outnumber them.
-        self._prefill: dict[InstanceId, tuple[float, ...]] = {}
-        self._transfer: dict[tuple[InstanceId, InstanceId], tuple[float, ...]] = {}
+        self.flows = Flows()
+        self._prefill: _Family[InstanceId] = _Family(prior_prefill)
+        self._transfer: _Family[tuple[InstanceId, InstanceId]] = _Family(prior_transfer)
+        self._typical_tokens = float(_TYPICAL_PROMPT_TOKENS)
+        self._tail = 1.0
 
     # -- learning --
 
@@ -158,31 +143,49 @@ class CostModel:
     ) -> None:
         """One prompt's computing time, queueing excluded as far as the caller can. Nonsense (no
         tokens, no time) is ignored."""
-        if new_tokens <= 0 or cached_tokens < 0 or not 0 < seconds < math.inf:
+        self.observe_spell(instance, Spell((Computed(new_tokens, cached_tokens),), seconds))
+
+    def observe_spell(self, instance: InstanceId, spell: Spell) -> None:
+        """Prompts that an instance computed together, and nothing else meanwhile."""
+        prompts = [one for one in spell.prompts if one.new_tokens > 0 and one.cached_tokens >= 0]
+        if not prompts or not 0 < spell.seconds < math.inf:
             return
-        features = _prefill_features(new_tokens, cached_tokens)
-        self._prefill_fits.setdefault(instance, LinearFit(3)).observe(features, seconds)
-        self._fleet_prefill.observe(features, seconds)
-        self._prefill.clear()
+        each = [_prefill_features(one.new_tokens, one.cached_tokens) for one in prompts]
+        fixed, linear, attention = map(sum, zip(*each, strict=True))
+        self._prefill.observe(instance, (fixed, linear, attention), spell.seconds)
+        mean = linear / len(prompts)
+        self._typical_tokens += _TYPICAL_GAIN * (mean - self._typical_tokens)
 
     def observe_transfer(
-        self, source: InstanceId, target: InstanceId, moved_bytes: int, seconds: float
+        self,
+        source: InstanceId,
+        target: InstanceId,
+        moved_bytes: int,
+        seconds: float,
+        beside_bytes: float = 0.0,
     ) -> None:
-        """One fetch that moved something, as ``FetchResult.fetched_bytes`` and ``seconds``."""
-        if moved_bytes <= 0 or not 0 < seconds < math.inf:
+        """One fetch that moved something, as ``FetchResult.fetched_bytes`` and ``seconds``.
+
+        ``beside_bytes``: what shared its way (``Flows.beside_bytes`` when it began)."""
+        if moved_bytes <= 0 or not 0 < seconds < math.inf or not 0 <= beside_bytes < math.inf:
             return
-        features = (1.0, float(moved_bytes))
-        self._transfer_fits.setdefault((source, target), LinearFit(2)).observe(features, seconds)
-        self._fleet_transfer.observe(features, seconds)
-        self._transfer.clear()
+        self._transfer.observe((source, target), (1.0, moved_bytes + beside_bytes), seconds)
+
+    def observe_tail(
+        self, source: InstanceId, target: InstanceId, pages: int, seconds: float
+    ) -> None:
+        """What of a transfer was left when the prompt it moved along with was computed."""
+        whole_s = self.predict_transfer_s(source, target, pages)
+        if whole_s <= 0 or not 0 <= seconds < math.inf:
+            return
+        # One late fetch moves it by no more than a few times what it was.
+        ratio = min(seconds / whole_s, 4 * self._tail + 0.5, _MOST_TAIL)
+        self._tail += _TAIL_GAIN * (ratio - self._tail)
 
     def forget(self, instance: InstanceId) -> None:
         """The instance left or rebooted."""
-        self._prefill_fits.pop(instance, None)
-        self._prefill.pop(instance, None)
-        for pair in [pair for pair in self._transfer_fits if instance in pair]:
-            del self._transfer_fits[pair]
-        self._transfer.clear()
+        self._prefill.forget([instance])
+        self._transfer.forget([pair for pair in self._transfer.members() if instance in pair])
 
     # -- predicting --
 
@@ -190,63 +193,81 @@ class CostModel:
         """Seconds to compute ``new_tokens`` after ``cached_tokens``; 0 for no tokens."""
         if new_tokens <= 0:
             return 0.0
-        fixed, linear, attention = self._prefill_of(instance)
+        fixed, linear, attention = self._prefill.theta(instance)
         return fixed + new_tokens * (linear + attention * (cached_tokens + new_tokens / 2))
+
+    def prefill_theta(self, instance: InstanceId) -> tuple[float, ...]:
+        """(fixed s, s a token, s a token squared), for those who predict many at once."""
+        return self._prefill.theta(instance)
 
     def predict_backlog_s(self, instance: InstanceId, tokens: int) -> float:
         """Seconds until ``tokens`` that are queued there, of unknown prompts, are computed."""
-        _, linear, attention = self._prefill_of(instance)
+        _, linear, attention = self._prefill.theta(instance)
         return max(tokens, 0) * (linear + attention * _TYPICAL_PROMPT_TOKENS / 2)
 
+    def predict_request_s(self, instance: InstanceId) -> float:
+        """Seconds of a prompt there of which nothing is known."""
+        return self.predict_prefill_s(instance, max(int(self._typical_tokens), 1), 0)
+
     def predict_transfer_s(self, source: InstanceId, target: InstanceId, pages: int) -> float:
-        """Seconds to move ``pages``; 0 for none."""
+        """Seconds to move ``pages`` beside what is on the move now; 0 for none."""
         if pages <= 0:
             return 0.0
-        pair = (source, target)
-        theta = self._transfer.get(pair)
-        if theta is None:
-            theta = self._solve(
-                self._transfer_fits.get(pair), self._fleet_transfer, self._prior_transfer
-            )
-            self._transfer[pair] = theta
-        return theta[0] + theta[1] * pages * self.page_bytes
+        latency, per_byte = self._transfer.theta((source, target))
+        size = pages * self.page_bytes
+        return latency + per_byte * (size + self.flows.beside_bytes(source, target, size))
 
-    def explain(self) -> dict[str, dict[str, float]]:
-        """Fitted coefficients by instance and by ``source -> target``, for people."""
-        table: dict[str, dict[str, float]] = {}
-        for instance, fit in self._prefill_fits.items():
-            fixed, linear, attention = self._prefill_of(instance)
-            table[instance] = {
-                "fixed_s": fixed,
-                "s_per_token": linear,
-                "s_per_token_squared": attention,
-                "observations": fit.observations,
-            }
-        for (source, target), fit in self._transfer_fits.items():
-            page_s = self.predict_transfer_s(source, target, 2) - self.predict_transfer_s(
-                source, target, 1
-            )
-            table[f"{source} -> {target}"] = {
-                "latency_s": self.predict_transfer_s(source, target, 1) - page_s,
-                "s_per_page": page_s,
-                "observations": fit.observations,
-            }
-        return table
+    def predict_tail_s(self, source: InstanceId, target: InstanceId, pages: int) -> float:
+        """What is left of moving ``pages`` when the prompt they belong to has been computed."""
+        return self._tail * self.predict_transfer_s(source, target, pages)
 
-    def _prefill_of(self, instance: InstanceId) -> tuple[float, ...]:
-        theta = self._prefill.get(instance)
-        if theta is None:
-            theta = self._solve(
-                self._prefill_fits.get(instance), self._fleet_prefill, self._prior_prefill
-            )
-            self._prefill[instance] = theta
-        return theta
+    def begin_transfer(
+        self, source: InstanceId, target: InstanceId, pages: int, during_s: float = 0.0
+    ) -> Flow:
+        """It is on the move until the caller ends it. ``during_s``: how long its pages come one by
+        one as they are computed, and so leave room for others."""
+        size = max(pages, 0) * self.page_bytes
+        alone_s = self.predict_transfer_s(source, target, pages)
+        share = alone_s / (alone_s + during_s) if during_s > 0 and alone_s > 0 else 1.0
+        return self.flows.begin(source, target, size * share)
 
-    def _solve(
-        self, fit: LinearFit | None, fleet: LinearFit, prior: tuple[float, ...]
-    ) -> tuple[float, ...]:
-        known = fleet.solve(prior, _FLEET_PRIOR_SPREAD)
-        return known if fit is None else fit.solve(known, _MEMBER_PRIOR_SPREAD)
+    def explain(self) -> dict[str, Any]:
+        """Fitted coefficients, for people and for ``GET /memserve/models``."""
+        return {
+            "prefill": {
+                "fleet": _told(_PREFILL, self._prefill.fleet(), self._prefill.observations()),
+                "instances": {
+                    who: _told(_PREFILL, self._prefill.theta(who), self._prefill.observations(who))
+                    for who in self._prefill.members()
+                },
+            },
+            "transfer": {
+                "page_bytes": self.page_bytes,
+                "tail_share": self._tail,
+                "flows": self.flows.count(),
+                "fleet": _told(_TRANSFER, self._transfer.fleet(), self._transfer.observations()),
+                "pairs": {
+                    f"{source} -> {target}": _told(
+                        _TRANSFER,
+                        self._transfer.theta((source, target)),
+                        self._transfer.observations((source, target)),
+                    )
+                    for source, target in self._transfer.members()
+                },
+            },
+            "typical_prompt_tokens": round(self._typical_tokens),
+        }
+
+
+_PREFILL = ("fixed_s", "s_per_token", "s_per_token_squared")
+_TRANSFER = ("latency_s", "s_per_byte")
+
+
+def _told(
+    names: tuple[str, ...], theta: tuple[float, ...], observations: tuple[int, int]
+) -> dict[str, float]:
+    told: dict[str, float] = dict(zip(names, theta, strict=True))
+    return told | {"observations": observations[0], "refused": observations[1]}
 
 
 def _prefill_features(new_tokens: int, cached_tokens: int) -> tuple[float, float, float]:

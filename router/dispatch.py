@@ -97,6 +97,7 @@ class Dispatcher:
             for task in (work, gone):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
+            turn.book(None)
             self._log(turn)
         if work.cancelled():
             return
@@ -113,11 +114,11 @@ class Dispatcher:
         if model is not None and not self._names.known(model):
             await turn.client.reply(replies.unknown_model(model))
             return
-        too_long = self._preparation.too_long(turn)
+        too_long = self._preparation.too_long(turn.request, len(turn.data))
         if too_long:
             await turn.client.reply(replies.bad_request(too_long))
             return
-        keyed, reason = await self._preparation.key(turn)
+        keyed, reason = await self._preparation.key(turn.request)
         turn.prompt_tokens = keyed.tokens
         self._rotation.advance()
         second_chance = True

@@ -31,12 +31,13 @@ class Fetches:
         chain: int,
         wait_s: float,
         deadline_s: float,
+        pages: int | None = None,
     ) -> FetchResult:
-        """One prompt's pages from ``source`` to ``target``."""
+        """One prompt's pages from ``source`` to ``target``, the first ``pages`` of them."""
         info = self._instances.info(source)
         body = FetchBody(
             source=source,
-            keys=[key.hex() for key in keyed.chains[chain].keys],
+            keys=[key.hex() for key in keyed.chains[chain].keys[:pages]],
             wait_s=wait_s,
             deadline_s=deadline_s,
             source_ranks=[rank.peer_address for rank in info.ranks] if info else None,

@@ -53,6 +53,8 @@ class Forwarding:
         idle = self._is_idle(target)
         sent_at = time.monotonic()
         with self._instances.begin(target, prepared.uncached_tokens) as flight:
+            if turn.booking is not None:
+                turn.booking.arrived()
             try:
                 with turn.live.at(target, rids):
                     answer = await self._upstream.open(
@@ -60,6 +62,8 @@ class Forwarding:
                     )
                     async with answer:
                         flight.computed()
+                        if turn.booking is not None:
+                            turn.booking.computed()
                         if idle and answer.status == 200 and _tells_prefill(turn.request):
                             self._observe(turn, prepared, time.monotonic() - sent_at)
                         if answer.status == RETRIED_STATUS and self._others(turn, target):

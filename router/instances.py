@@ -26,8 +26,9 @@ from sglang_memserve.protocol.http import (
     Load,
     RegistrationReply,
 )
-from sglang_memserve.types import Generation, InstanceId, Role
+from sglang_memserve.types import Generation, InstanceId, Role, ShortKey
 
+from .bookings import NO_SHARE, Bookings
 from .breaker import Breaker, BreakerSettings
 from .member import InFlight, Member, MemberStatus, State
 from .values import InstanceView, Match
@@ -193,17 +194,23 @@ class Instances:
         self,
         matches: Mapping[InstanceId, Match],
         exclude: Collection[InstanceId] = (),
+        bookings: Bookings | None = None,
+        keys: Sequence[ShortKey] = (),
     ) -> list[InstanceView]:
         """Those that may be used now, in a steady order, with what they hold of the prompt.
 
-        ``exclude``: instances that failed this request already.
+        ``exclude``: instances that failed this request already. ``bookings``: what is decided and
+        not seen yet, for a prompt of ``keys``.
         """
         now = self._clock()
-        return [
-            member.view(matches.get(member.id, _NOTHING) if member.attached else _NOTHING)
-            for member in self._members.values()
-            if member.id not in exclude and member.unavailable(now) is None
-        ]
+        views = []
+        for member in self._members.values():
+            if member.id in exclude or member.unavailable(now) is not None:
+                continue
+            match = matches.get(member.id, _NOTHING) if member.attached else _NOTHING
+            share = bookings.share(member.id, match, keys) if bookings is not None else NO_SHARE
+            views.append(member.view(match, share))
+        return views
 
     def unavailable(self, exclude: Collection[InstanceId] = ()) -> dict[str, str]:
         """Why each of the others is not among ``views``: for ``NoInstance.including``."""

@@ -10,6 +10,7 @@ from types import TracebackType
 from sglang_memserve.protocol.http import InstanceInfo, Load
 from sglang_memserve.types import Generation, InstanceId, Role
 
+from .bookings import NO_SHARE, Share
 from .breaker import Breaker, BreakerState
 from .values import InstanceView, Match
 
@@ -76,15 +77,19 @@ class Member:
     in_flight_requests: int = 0
     in_flight_prefill_tokens: int = 0
 
-    def view(self, match: Match) -> InstanceView:
+    def view(self, match: Match, share: Share = NO_SHARE) -> InstanceView:
         return InstanceView(
             id=self.id,
             generation=self.generation,
             role=self.role,
-            running_requests=max(self.in_flight_requests, self.load.running_requests),
+            running_requests=share.seats + max(self.in_flight_requests, self.load.running_requests),
             waiting_requests=self.load.waiting_requests,
             in_flight_prefill_tokens=self.in_flight_prefill_tokens,
-            free_tokens=max(self.load.total_tokens - self.load.used_tokens, 0),
+            free_tokens=max(self.load.total_tokens - self.load.used_tokens - share.tokens, 0),
+            total_tokens=self.load.total_tokens,
+            queue_s=share.queue_s,
+            coming_pages=share.coming_pages,
+            coming_s=share.coming_s,
             match=match,
             can_fetch=self.info is not None,
         )

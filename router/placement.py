@@ -10,9 +10,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sglang_memserve.errors import NoInstance
-from sglang_memserve.hashing import namespace_seed, page_keys, short_key
+from sglang_memserve.hashing import namespace_seed, page_keys, short_keys
 from sglang_memserve.types import InstanceId, PageKey, ShortKey, Tier
 
+from .bookings import Bookings
 from .instances import Instances
 from .merged_tree import MergedTree
 from .policy.base import Policy, decode_candidates
@@ -42,6 +43,10 @@ class Keyed:
     page_size: int
     tokens: int
     pages: int
+
+    def one_chain(self) -> Sequence[ShortKey]:
+        """The pages' keys in the tree's form; none for several prompts."""
+        return self.chains[0].short if len(self.chains) == 1 else ()
 
     def bounded_tokens(self, pages: int) -> int:
         return min(pages, self.pages) * self.page_size
@@ -81,7 +86,7 @@ def key_prompts(
     for ids, (extra_key, cache_salt) in zip(prompts, namespaces, strict=True):
         whole = max(len(ids) - 1, 0) // page_size * page_size
         keys = page_keys(ids[:whole], page_size, namespace_seed(extra_key, cache_salt))
-        chains.append(Chain(ids, keys, [short_key(key) for key in keys]))
+        chains.append(Chain(ids, keys, short_keys(keys)))
         distinct.update(keys)
     tokens = sum(len(ids) for ids in prompts)
     return Keyed(tuple(chains), page_size, tokens, len(distinct))
@@ -116,9 +121,10 @@ def decide(
     holdings: Holdings,
     session: str | None,
     exclude: Collection[InstanceId] = (),
+    bookings: Bookings | None = None,
 ) -> tuple[Plan, list[InstanceView]]:
     """The policy's plan, and the views it was made from. Raises NoInstance with every reason."""
-    views = instances.views(holdings.whole, exclude)
+    views = instances.views(holdings.whole, exclude, bookings, keyed.one_chain())
     try:
         plan = policy.decide(prompt_of(keyed, session), views)
     except NoInstance as error:
@@ -129,10 +135,14 @@ def decide(
 
 
 def idlest_decode(
-    instances: Instances, exclude: Collection[InstanceId] = (), *, turn: int = 0
+    instances: Instances,
+    exclude: Collection[InstanceId] = (),
+    *,
+    turn: int = 0,
+    bookings: Bookings | None = None,
 ) -> InstanceId:
     """Where a request goes whose prompt is unknown. Raises NoInstance with every reason."""
-    views = instances.views({}, exclude)
+    views = instances.views({}, exclude, bookings)
     try:
         able = decode_candidates(views)
     except NoInstance as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sglang_memserve.errors import PeerError, ProtocolError
 from sglang_memserve.types import InstanceId
@@ -15,6 +17,7 @@ from .member import Outcome
 from .placement import Holdings, Keyed
 from .prompts import Request, engine_rids, prefill_body
 from .proxy import Refused, Upstream
+from .spells import Computed, Spells
 
 
 class Prefills:
@@ -31,6 +34,7 @@ class Prefills:
         self._instances = instances
         self._costs = costs
         self._deadlines = deadlines
+        self._spells = Spells()
 
     async def compute(
         self,
@@ -44,13 +48,14 @@ class Prefills:
         """P computes the prompts; returns the tokens it had cached. Raises PeerError,
         ProtocolError, NoInstance."""
         uncached = keyed.tokens - keyed.bounded_tokens(holdings.pages(prefill))
-        view = next((v for v in self._instances.views({}) if v.id == prefill), None)
-        idle = view is not None and not (view.in_flight_prefill_tokens or view.waiting_requests)
         rid = new_rid()
         rids = engine_rids(rid, len(keyed.chains), request.batched)
         body = prefill_body(request, [chain.ids for chain in keyed.chains], rid)
-        with self._instances.begin(prefill, uncached) as flight, live.at(prefill, rids):
-            started = time.monotonic()
+        with (
+            self._instances.begin(prefill, uncached) as flight,
+            live.at(prefill, rids),
+            self._timed(prefill) as computed,
+        ):
             try:
                 answer = await self._upstream.call(
                     "POST",
@@ -68,10 +73,25 @@ class Prefills:
                 flight.end(Outcome.FAILED, f"prefill: {error}")
                 raise
             flight.end(Outcome.SUCCEEDED)
-        if idle and len(keyed.chains) == 1:
-            seconds = time.monotonic() - started
-            self._costs.observe_prefill(prefill, keyed.tokens - cached, cached, seconds)
+            if len(keyed.chains) == 1:
+                computed.append(Computed(keyed.tokens - cached, cached))
         return cached
+
+    @contextmanager
+    def _timed(self, prefill: InstanceId) -> Iterator[list[Computed]]:
+        """Learns from what the body says it computed, once all that went on there is over."""
+        self._spells.begin(prefill, time.monotonic())
+        view = next((v for v in self._instances.views({}) if v.id == prefill), None)
+        if view is None or view.waiting_requests:
+            self._spells.spoil(prefill)
+        computed: list[Computed] = []
+        try:
+            yield computed
+        finally:
+            one = computed[0] if computed else None
+            spell = self._spells.end(prefill, time.monotonic(), one)
+            if spell is not None:
+                self._costs.observe_spell(prefill, spell)
 
     def limit_s(self, keyed: Keyed, holdings: Holdings, prefill: InstanceId) -> float:
         """How long P may take before it is late: what is predicted, generously."""

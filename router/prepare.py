@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from .backlog import Ending
+from .bookings import Bookings, Order
 from .headers import Verdict
 from .instances import Instances
 from .merged_tree import MergedTree
 from .metrics import Funnel, Metrics
 from .models import ModelNames
-from .placement import Holdings, Keyed, decide, idlest_decode, key_prompts, look_up, opaque
+from .placement import (
+    Holdings,
+    Keyed,
+    decide,
+    idlest_decode,
+    key_prompts,
+    look_up,
+    opaque,
+    prompt_of,
+)
 from .policy.base import Policy, Rotation
-from .prompts import Chat, Opaque, Texts
+from .prompts import Chat, Opaque, Request, Texts
 from .steps import Result, Steps
 from .tokenize import Tokenization
 from .turn import Prepared, Turn
@@ -31,6 +42,7 @@ class Preparation:
         policy_name: str,
         rotation: Rotation,
         tokenization: Tokenization,
+        bookings: Bookings,
         steps: Steps,
         metrics: Metrics,
     ) -> None:
@@ -40,21 +52,23 @@ class Preparation:
         self._policy_name = policy_name
         self._rotation = rotation
         self._tokenization = tokenization
+        self._bookings = bookings
         self._steps = steps
         self._metrics = metrics
         self._names = ModelNames(instances)
 
-    def too_long(self, turn: Turn) -> str:
+    def too_long(self, request: Request, size: int) -> str:
         """Why a text cannot fit the model's context whatever its tokens are; else nothing.
 
+        ``size``: bytes of the whole body.
         Tokenizing it would take the time of everybody else, here and on the instance."""
         reference = self._instances.reference()
-        source = turn.request.source
+        source = request.source
         if reference is None or not isinstance(source, Texts | Chat):
             return ""
         limit = CHARACTERS_PER_TOKEN * reference.context_length
         lengths = [len(text) for text in source.texts] if isinstance(source, Texts) else []
-        length = max(lengths, default=len(turn.data))
+        length = max(lengths, default=size)
         if length <= limit:
             return ""
         return (
@@ -62,13 +76,13 @@ class Preparation:
             f"({reference.context_length} tokens)."
         )
 
-    async def key(self, turn: Turn) -> tuple[Keyed, str]:
+    async def key(self, request: Request) -> tuple[Keyed, str]:
         """The prompts' page keys, or why the tree cannot help."""
         reference = self._instances.reference()
         if reference is None:
             return opaque(1), "no mempool"
-        source = turn.request.source
-        if turn.request.model is not None and self._names.adapter(turn.request.model):
+        source = request.source
+        if request.model is not None and self._names.adapter(request.model):
             source = Opaque("lora")
         with self._metrics.routing.labels("tokenize").time():
             tokenized = await self._tokenization.tokenize(source)
@@ -79,23 +93,38 @@ class Preparation:
             return opaque(reference.page_size), "prompt too long"
         try:
             with self._metrics.routing.labels("hash").time():
-                return key_prompts(ids, turn.request.namespaces, reference.page_size), ""
+                return key_prompts(ids, request.namespaces, reference.page_size), ""
         except ValueError:
             return opaque(reference.page_size), "malformed token ids"
 
     async def prepare(self, turn: Turn, keyed: Keyed, reason: str) -> Prepared:
         """Plan, and do all that comes before decode. Raises NoInstance."""
+        turn.book(None)
         if not keyed.chains:
-            target = idlest_decode(self._instances, turn.failed, turn=self._rotation.turn)
+            target = idlest_decode(
+                self._instances, turn.failed, turn=self._rotation.turn, bookings=self._bookings
+            )
             verdict = Verdict(turn.client.request_id, target, target, None, f"direct: {reason}")
             return Prepared(target, verdict, 0, 1, None)
         with self._metrics.routing.labels("plan").time():
             holdings = look_up(self._tree, keyed)
             session = turn.request.session
-            plan, _ = decide(self._instances, self._policy, keyed, holdings, session, turn.failed)
-        if turn.request.prefill_only:
-            plan = _prefill_alone(plan)
-        result = await self._steps.run(turn.request, keyed, holdings, plan, turn.live)
+            plan, views = decide(
+                self._instances,
+                self._policy,
+                keyed,
+                holdings,
+                session,
+                turn.failed,
+                self._bookings,
+            )
+            if turn.request.prefill_only:
+                plan = prefill_alone(plan)
+            booking = self._bookings.book(
+                plan, Order(prompt_of(keyed, session), keyed.one_chain(), _ending(turn)), views
+            )
+        turn.book(booking)
+        result = await self._steps.run(turn.request, keyed, holdings, plan, turn.live, booking)
         return self._prepared(turn, keyed, holdings, plan, result)
 
     def _prepared(
@@ -132,13 +161,20 @@ class Preparation:
         return Prepared(target, verdict, left, len(keyed.chains), funnel)
 
 
-def _prefill_alone(plan: Plan) -> Plan:
+def _ending(turn: Turn) -> Ending:
+    tells = turn.request.stream or turn.request.prefill_only
+    return Ending.SEEN if tells else Ending.ASSUMED
+
+
+def prefill_alone(plan: Plan) -> Plan:
     """For a request that generates nothing, the prefill instance is where it ends."""
     if plan.prefill is None:
         return plan
     return Plan(
         decode=plan.prefill,
         decode_source=plan.prefill_source,
+        held_pages=plan.held_pages,
+        wait_s=plan.wait_s,
         reason=f"prefill only; {plan.reason}",
         terms=plan.terms,
     )

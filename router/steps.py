@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sglang_memserve.errors import MemServeError, NoInstance
 from sglang_memserve.protocol.http import FetchResult
 from sglang_memserve.types import InstanceId
 
+from .bookings import Booking
 from .cost import CostModel
 from .fetches import Fetches
 from .instances import Instances
@@ -72,7 +74,13 @@ class Steps:
         self._deadlines = deadlines
 
     async def run(
-        self, request: Request, keyed: Keyed, holdings: Holdings, plan: Plan, live: Live
+        self,
+        request: Request,
+        keyed: Keyed,
+        holdings: Holdings,
+        plan: Plan,
+        live: Live,
+        booking: Booking,
     ) -> Result:
         """Everything the plan says before decode. Raises nothing but cancellation."""
         result = Result(None, holdings.pages(plan.decode))
@@ -82,13 +90,15 @@ class Steps:
         if prefill is None:
             source = plan.decode_source or (plan.prefill_source if plan.prefill else None)
             if source is not None:
-                await self._fetch_existing(source, plan.decode, keyed, holdings, result)
+                await self._fetch_existing(source, plan.decode, keyed, holdings, result, plan)
             return result
         if holdings.pages(plan.decode) >= keyed.pages:
             return result
         if plan.prefill_source is not None:
             gathered = Result(None, holdings.pages(prefill))
-            await self._fetch_existing(plan.prefill_source, prefill, keyed, holdings, gathered)
+            await self._fetch_existing(
+                plan.prefill_source, prefill, keyed, holdings, gathered, plan
+            )
             result.fetched += gathered.fetched
             result.notes += gathered.notes
         complete = all(
@@ -98,7 +108,7 @@ class Steps:
             await self._fetch_existing(prefill, plan.decode, keyed, holdings, result)
         else:
             await self._compute_and_fetch(
-                request, keyed, holdings, prefill, plan.decode, live, result
+                request, keyed, holdings, prefill, plan.decode, live, booking, result
             )
         return result
 
@@ -111,23 +121,44 @@ class Steps:
         keyed: Keyed,
         holdings: Holdings,
         result: Result,
+        plan: Plan | None = None,
     ) -> None:
+        """``plan``: says how long pages that are still being computed may take to come."""
         missing = _missing(keyed, holdings, target)
-        limit_s = min(self._deadlines.fetch_s, self._deadlines.most_fetch_s)
+        deadlines = self._deadlines
+        limit_s = min(deadlines.fetch_s, 0.5 * deadlines.most_fetch_s)
+        wait_s, pages = 0.0, None
+        if plan is not None and plan.wait_s > 0:
+            wait_s, pages = min(2 * plan.wait_s + deadlines.least_grace_s, limit_s), plan.held_pages
+        beside = self._beside_bytes(source, target, keyed)
         answers = await asyncio.gather(
-            *(self._fetches.once(source, target, keyed, i, 0.0, limit_s) for i in missing),
+            *(
+                self._fetches.once(source, target, keyed, i, wait_s, wait_s + limit_s, pages)
+                for i in missing
+            ),
             return_exceptions=True,
         )
         readable = dict.fromkeys(range(len(keyed.chains)), 0)
+        whole = [answer for answer in answers if isinstance(answer, FetchResult)]
+        if whole and len(whole) == len(answers) and not wait_s:
+            # They waited for no computing, so their duration is the transfer's.
+            moved = sum(answer.fetched_bytes for answer in whole)
+            seconds = max(answer.seconds for answer in whole)
+            self._costs.observe_transfer(source, target, moved, seconds, beside)
         for i, answer in zip(missing, answers, strict=True):
             if isinstance(answer, FetchResult):
-                self._book(source, target, answer, result, timed=True)
+                self._book(source, target, answer, result)
                 readable[i] = answer.readable_pages
             elif isinstance(answer, MemServeError):
                 self._failed("fetch", f"{target} fetching from {source}", answer, result)
             elif isinstance(answer, BaseException):
                 raise answer
         result.decode_pages = _pages_readable(keyed, holdings, target, readable)
+
+    def _beside_bytes(self, source: InstanceId, target: InstanceId, keyed: Keyed) -> float:
+        """What shares the way with a transfer that is booked already, and so counts too."""
+        size = keyed.pages * self._costs.page_bytes
+        return max(self._costs.flows.beside_bytes(source, target, size) - size, 0.0)
 
     # -- computing on P while D fetches --
 
@@ -139,6 +170,7 @@ class Steps:
         prefill: InstanceId,
         decode: InstanceId,
         live: Live,
+        booking: Booking,
         result: Result,
     ) -> None:
         wait_s = self._prefills.limit_s(keyed, holdings, prefill)
@@ -150,6 +182,7 @@ class Steps:
         compute = asyncio.create_task(
             self._prefills.compute(request, keyed, holdings, prefill, live, wait_s)
         )
+        compute.add_done_callback(lambda _: booking.prefilled())
         live.prefilling = compute
         readable = dict.fromkeys(range(len(keyed.chains)), 0)
         computed = False
@@ -159,7 +192,7 @@ class Steps:
                 # D said that it cannot fetch: P's work would be for nothing now.
                 result.notes.append("prefill abandoned")
             elif computed := self._computed(compute, result):
-                await asyncio.wait(fetches, timeout=self._grace_s(keyed, decode))
+                await self._grace(keyed, prefill, decode, fetches)
         finally:
             live.prefilling = None
             await _end(compute, *fetches)
@@ -171,7 +204,7 @@ class Steps:
                 continue
             error = task.exception()
             if error is None:
-                self._book(prefill, decode, task.result(), result, timed=False)
+                self._book(prefill, decode, task.result(), result)
                 readable[i] = task.result().readable_pages
             elif isinstance(error, MemServeError):
                 self._failed("fetch", f"{decode} fetching from {prefill}", error, result)
@@ -191,6 +224,22 @@ class Steps:
             return False
         return True
 
+    async def _grace(
+        self,
+        keyed: Keyed,
+        prefill: InstanceId,
+        decode: InstanceId,
+        fetches: Mapping[asyncio.Task[FetchResult], int],
+    ) -> None:
+        """P is done: what is left to move gets its time, and shows how much that is."""
+        began = time.monotonic()
+        _, late = await asyncio.wait(fetches, timeout=self._grace_s(keyed, decode))
+        done = [task for task in fetches if not task.cancelled() and task not in late]
+        whole = [task.result() for task in done if task.exception() is None]
+        if len(whole) == len(fetches):
+            pages = sum(one.fetched_pages for one in whole)
+            self._costs.observe_tail(prefill, decode, pages, time.monotonic() - began)
+
     def _grace_s(self, keyed: Keyed, decode: InstanceId) -> float:
         predicted = self._costs.predict_prefill_s(decode, keyed.tokens, 0)
         return max(self._deadlines.least_grace_s, min(self._deadlines.grace_s, predicted))
@@ -203,13 +252,8 @@ class Steps:
         target: InstanceId,
         answer: FetchResult,
         result: Result,
-        *,
-        timed: bool,
     ) -> None:
-        """``timed``: the fetch waited for no computing, so its duration is the transfer's."""
         result.fetched.append(Fetched(source, target, answer))
-        if timed:
-            self._costs.observe_transfer(source, target, answer.fetched_bytes, answer.seconds)
         if answer.readable_pages < answer.requested_pages:
             note = f"fetched {answer.readable_pages}/{answer.requested_pages}: {answer.outcome}"
             result.notes.append(note)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from sglang_memserve.types import InstanceId
 
 from .asgi import Client
+from .bookings import Booking
 from .headers import Verdict
 from .live import Live
 from .metrics import Funnel
@@ -27,7 +28,14 @@ class Turn:
     verdict: Verdict = field(default_factory=lambda: Verdict(""))
     first_byte_s: float | None = None
     failed: set[InstanceId] = field(default_factory=set)
+    booking: Booking | None = None
     errors: dict[str, str] = field(default_factory=dict)
+
+    def book(self, booking: Booking | None) -> None:
+        """What is decided for it now, in place of what was."""
+        if self.booking is not None:
+            self.booking.release()
+        self.booking = booking
 
 
 @dataclass(frozen=True, slots=True)

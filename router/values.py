@@ -22,8 +22,12 @@ class InstanceView:
 
     ``in_flight_prefill_tokens``: uncached prompt tokens this router has sent there and that are
     not answered yet. ``running_requests``: what the router has in flight there, or the last
-    heartbeat's figure if that is larger. ``can_fetch`` is False for a plain SGLang server, which
-    has no MemPool: nothing can be moved to it or from it.
+    heartbeat's figure if that is larger. ``free_tokens`` of ``total_tokens`` KV slots are free; the
+    total is 0 where it is unknown. ``can_fetch`` is False for a plain SGLang server, which has no
+    MemPool: nothing can be moved to it or from it.
+
+    ``queue_s``: predicted seconds of computing that wait there. ``coming_pages``: leading pages
+    that will be there in ``coming_s``, being computed or fetched; 0 where no more than ``match``.
     """
 
     id: InstanceId
@@ -33,6 +37,10 @@ class InstanceView:
     waiting_requests: int = 0
     in_flight_prefill_tokens: int = 0
     free_tokens: int = 0
+    total_tokens: int = 0
+    queue_s: float = 0.0
+    coming_pages: int = 0
+    coming_s: float = 0.0
     match: Match = field(default=Match(0))
     can_fetch: bool = True
 
@@ -53,6 +61,8 @@ class Plan:
     ``prefill`` is None for a bypass: ``decode`` computes what it lacks by itself.
     ``prefill_source``: fetch from there to the prefill instance first (it holds more).
     ``decode_source``: with no prefill instance, fetch from there to ``decode`` first.
+    ``held_pages``: what whoever computes need not compute, after the fetch.
+    ``wait_s``: the pages to fetch first are still being computed; how long to wait for them.
     ``reason`` is one line for a header, a log and a person; ``terms`` the predicted seconds.
     """
 
@@ -60,5 +70,7 @@ class Plan:
     prefill: InstanceId | None = None
     prefill_source: InstanceId | None = None
     decode_source: InstanceId | None = None
+    held_pages: int = 0
+    wait_s: float = 0.0
     reason: str = ""
     terms: dict[str, float] = field(default_factory=dict)

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from hashlib import sha256
+from struct import Struct
 from typing import cast
 
 from .kernels import native
@@ -66,6 +68,16 @@ def portable_page_keys(
         parent = sha256(parent + packed[start : start + step]).digest()
         keys.append(PageKey(parent))
     return keys
+
+
+def short_keys(keys: Sequence[PageKey]) -> list[ShortKey]:
+    """``short_key`` of each, several times faster for many."""
+    return cast(list[ShortKey], list(_heads(len(keys)).unpack(b"".join(keys))))
+
+
+@lru_cache(maxsize=1024)
+def _heads(count: int) -> Struct:
+    return Struct(">" + "q24x" * count)
 
 
 def short_key(key: PageKey) -> ShortKey:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar, runtime_checkable
 
 from sglang_memserve.errors import NoInstance
 
 from ..values import InstanceView, Plan, Prompt
+
+_T = TypeVar("_T")
 
 DEFAULT_BYPASS_TOKENS = 96
 """Uncached tokens that a decode instance computes itself under the policies that predict nothing.
@@ -32,6 +34,15 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
+class Weighing(Policy, Protocol):
+    """A policy that compares plans by what they are predicted to cost."""
+
+    def candidates(self, prompt: Prompt, views: Sequence[InstanceView], most: int) -> list[Plan]:
+        """The best ``most`` of them, best first by ``terms["total"]``. Raises as ``decide``."""
+        ...
+
+
 @dataclass(slots=True)
 class Rotation:
     """The counter that breaks ties: explicit state, read by ``decide``, moved by the caller."""
@@ -41,6 +52,12 @@ class Rotation:
     def advance(self) -> None:
         """Call once for every request that was placed (a retry is not another request)."""
         self.turn += 1
+
+
+def rotated(items: Sequence[_T], turn: int) -> list[_T]:
+    """Beginning with another one each turn: the first of equals is not always the same."""
+    at = turn % len(items) if items else 0
+    return [*items[at:], *items[:at]]
 
 
 def usable_pages(prompt: Prompt) -> int:
@@ -116,10 +133,13 @@ def complete(
     if short or decode.role.can_prefill or not others or not decode.can_fetch:
         moved = "" if source is None else f", pages from {source.id}"
         reason = f"{why}: {decode.id} computes {rest} tokens{moved}"
-        return Plan(decode.id, decode_source=None if source is None else source.id, reason=reason)
+        moved_from = None if source is None else source.id
+        return Plan(decode.id, decode_source=moved_from, held_pages=held, reason=reason)
     prefill = choose_prefill(others)
     source = best_source(prompt, prefill, views)
-    rest = uncached_tokens(prompt, source or prefill)
+    held = cached_pages(prompt, source or prefill)
+    rest = prompt.tokens - held * prompt.page_size
     moved = "" if source is None else f", pages from {source.id}"
     reason = f"{why}: {prefill.id} computes {rest} tokens{moved}, {decode.id} decodes"
-    return Plan(decode.id, prefill.id, None if source is None else source.id, reason=reason)
+    moved_from = None if source is None else source.id
+    return Plan(decode.id, prefill.id, moved_from, held_pages=held, reason=reason)

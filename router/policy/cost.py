@@ -1,15 +1,24 @@
 """The default: the plan with the least predicted time to first token, streams' delays included.
 
-    ready(I)  = queue(I) + min over sources S of [ move(S -> I) + compute(I, what S lacks too) ]
-    bypass(D) = ready(D) + load(D) + delay(D, what D computes)
-    via(P, D) = max(ready(P) + delay(P, ...) + hop + move(P -> D), queue(D))
-                + compute(D, last page) + load(D) + delay(D, last page)
+    ready(I)  = min over ways to get a prefix:
+                  I's own pages, now or when they have come:  max(queue(I), coming) + compute
+                  pages of S, now or when they have come:     max(queue(I), coming + move) + compute
+    bypass(D) = ready(D) + load(D) + room(D) + delay(D, what D computes)
+    via(P, D) = max(ready(P) + hop + move(P -> D), queue(D)) + compute(D, last page)
+                + load(D) + room(D) + delay(P, ...) + delay(D, last page)
 
-``move`` and ``compute`` are ``router.cost`` predictions, so pages move only where that is predicted
-to be faster than computing them. ``delay`` is what a prefill costs the streams it interrupts: its
-seconds, for each stream, weighted. A decode instance is reckoned to have one stream at least: it
-is there for streams, and another may begin at any moment. That makes an idle decode instance
-compute short rests itself and leave long ones to the prefill instances.
+``queue``, ``move`` and ``compute`` are predictions of ``router.cost``, ``move`` beside what else is
+on the move; pages are fetched first only where that is predicted to be clearly faster than
+computing them. Pages that are still being computed somewhere count from when they are there, so
+requests with one new prefix gather where it is being computed until the queue there costs more than
+computing it again. ``delay`` is what a prefill costs the streams it interrupts: its seconds, for
+each stream, weighted. A decode instance is reckoned to have one stream at least: it is there for
+streams, and another may begin at any moment. That makes an idle decode instance compute short
+rests itself and leave long ones to the prefill instances. ``room`` is what running out of KV slots
+costs: a stream that is put out computes its prompt again.
+
+All pairs are weighed where there are few; of many instances the ``SHORTLIST`` with the least time
+of their own on each side.
 
 Source: MemServe (arXiv 2406.17565), the router's ``argmin`` of queue plus execution; the transfer
 term is measured here, and what a prefill does to streams is added.
@@ -17,43 +26,78 @@ term is measured here, and what a prefill does to streams is added.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
+from typing import TypeVar
 
 from sglang_memserve.types import InstanceId
 
 from ..cost import CostModel
 from ..values import InstanceView, Plan, Prompt
-from .base import Rotation, cached_pages, decode_candidates, load_of, usable_pages
+from .base import Rotation, cached_pages, decode_candidates, load_of, rotated, usable_pages
 
 # A second for which one stream stands still, in seconds of time to first token.
 STREAM_DELAY_WEIGHT = 0.25
 # A second request to another instance: HTTP both ways, scheduling there.
 HOP_S = 0.005
-# What each running stream, and each request in the queue, slows a new stream by.
-RUNNING_S = 0.005
-WAITING_S = 0.1
+# What each running stream slows a new one by: as long as computing so many tokens takes.
+RUNNING_TOKENS = 6
+# A fetch has to save this share of what computing takes: predictions are not that good.
+FETCH_MARGIN = 0.1
+# KV slots in use above this share begin to cost; at 1, computing the whole prompt again.
+ROOMY_SHARE = 0.85
 # Predictions that differ by less are equal: load and rotation decide.
 TIE_RELATIVE = 0.02
 TIE_S = 0.0005
+# Waiting for pages to come means at least this: what is there needs no waiting.
+LEAST_WAIT_S = 0.001
+SHORTLIST = 8
+SOURCES = 4
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class _Ready:
-    """How one instance gets the whole prompt: its seconds after the queue, by part."""
+class _Site:
+    """One instance, and how it would get the whole prompt.
 
+    ``start_s``: when it can begin to compute, of which ``queue_s`` is its queue; ``wait_s``: until
+    the source has the pages."""
+
+    view: InstanceView
     source: InstanceId | None
     held_pages: int
-    fetch_s: float
+    queue_s: float
+    start_s: float
     compute_s: float
+    wait_s: float = 0.0
+
+    @property
+    def ready_s(self) -> float:
+        return self.start_s + self.compute_s
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    """What decoding at an instance costs, however the prompt gets there."""
+
+    site: _Site
+    missing_pages: int
+    tail_s: float
+    tail_delay_s: float
+    load_s: float
+    room_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    plan: Plan
-    decode: InstanceView
-    prefill: InstanceView | None
-    seconds: float
+    """``prefill`` is None for a bypass. ``move_s``: of pages from it, after the prefill."""
+
+    total_s: float
+    decode: _Decode
+    prefill: _Site | None = None
+    move_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,43 +108,117 @@ class Cost:
 
     def decide(self, prompt: Prompt, views: Sequence[InstanceView]) -> Plan:
         """See ``base.Policy``. ``terms`` are seconds; ``total`` includes the delays of others."""
-        decodes = decode_candidates(views)
-        prefills = [view for view in views if view.role.can_prefill and view.can_fetch]
-        ready = {view.id: self._ready(prompt, view, views) for view in (*decodes, *prefills)}
-        options: list[_Option] = []
+        return self._plan(prompt, self._pick(self._options(prompt, views)))
+
+    def candidates(self, prompt: Prompt, views: Sequence[InstanceView], most: int) -> list[Plan]:
+        """See ``base.Weighing``."""
+        options = self._options(prompt, views)
+        best = nsmallest(most, options, key=lambda option: option.total_s)
+        return [self._plan(prompt, option) for option in best]
+
+    def _options(self, prompt: Prompt, views: Sequence[InstanceView]) -> list[_Option]:
+        turn = self.rotation.turn
+        decoding = rotated(decode_candidates(views), turn)
+        able = [view for view in views if view.role.can_prefill and view.can_fetch]
+        prefilling = rotated(able, turn)
+        sources = self._sources(prompt, views)
+        sites = {view.id: self._site(prompt, view, sources) for view in (*decoding, *prefilling)}
+        decodes = [self._decode(prompt, sites[view.id]) for view in decoding]
+        options = []
+        relayed: list[_Decode] = []
         for decode in decodes:
-            others = [p for p in prefills if p.id != decode.id] if decode.can_fetch else []
-            if cached_pages(prompt, decode) == usable_pages(prompt):
-                others = []
-            must, may = self._bypass_rule(prompt, decode, ready[decode.id])
+            must, may = self._bypass_rule(prompt, decode.site)
+            others = decode.site.view.can_fetch and decode.missing_pages > 0
+            others = others and any(view.id != decode.site.view.id for view in prefilling)
             if may or not others:
-                options.append(self._bypass(prompt, decode, ready[decode.id]))
-            if not must:
-                options.extend(self._via(prompt, p, decode, ready[p.id]) for p in others)
-        return self._pick(options).plan
+                options.append(self._bypass(decode))
+            if others and not must:
+                relayed.append(decode)
+        prefills = [sites[view.id] for view in prefilling]
+        for prefill in _shortlist(prefills, self._prefill_s):
+            for decode in _shortlist(relayed, _least_decode_s):
+                if decode.site.view.id != prefill.view.id:
+                    options.append(self._via(prompt, prefill, decode))
+        return options
 
     # -- the parts --
 
-    def _queue_s(self, view: InstanceView) -> float:
-        return self.costs.predict_backlog_s(view.id, view.in_flight_prefill_tokens)
+    def _sources(self, prompt: Prompt, views: Sequence[InstanceView]) -> list[InstanceView]:
+        """Those worth fetching from: the longest prefixes, equals in turn."""
+        holders = [
+            view for view in views if view.can_fetch and (view.match.pages or view.coming_pages)
+        ]
+        if len(holders) <= SOURCES:
+            return holders
+        whole = usable_pages(prompt)
+        return nsmallest(
+            SOURCES,
+            rotated(holders, self.rotation.turn),
+            key=lambda view: (
+                -min(max(view.match.pages, view.coming_pages), whole),
+                view.coming_s if view.coming_pages else 0.0,
+            ),
+        )
 
-    def _compute_s(self, prompt: Prompt, view: InstanceView, pages: int) -> float:
-        held = pages * prompt.page_size
-        return self.costs.predict_prefill_s(view.id, prompt.tokens - held, held)
-
-    def _ready(self, prompt: Prompt, view: InstanceView, views: Sequence[InstanceView]) -> _Ready:
+    def _site(self, prompt: Prompt, view: InstanceView, sources: list[InstanceView]) -> _Site:
         """The fastest way to the whole prompt at ``view``: computing, or fetching from one."""
-        own = cached_pages(prompt, view)
-        best = _Ready(None, own, 0.0, self._compute_s(prompt, view, own))
-        for source in views if view.can_fetch else ():
-            pages = cached_pages(prompt, source)
-            if source.id == view.id or not source.can_fetch or pages <= own:
+        fixed, linear, attention = self.costs.prefill_theta(view.id)
+        whole, size, tokens = usable_pages(prompt), prompt.page_size, prompt.tokens
+
+        def compute_s(pages: int) -> float:
+            new = tokens - pages * size
+            return fixed + new * (linear + attention * (pages * size + new / 2))
+
+        queue_s = view.queue_s + self.costs.predict_request_s(view.id) * view.waiting_requests
+        own = min(view.match.pages, whole)
+        computing_s = compute_s(own)
+        best = _Site(view, None, own, queue_s, queue_s, computing_s)
+        coming = min(view.coming_pages, whole)
+        if coming > own:
+            start_s, rest_s = max(queue_s, view.coming_s), compute_s(coming)
+            if start_s + rest_s < best.ready_s:
+                best = _Site(view, None, coming, queue_s, start_s, rest_s)
+        limit_s = (1 - FETCH_MARGIN) * best.ready_s
+        if not view.can_fetch:
+            return best
+        for source in sources:
+            if source.id == view.id:
                 continue
-            fetch_s = self.costs.predict_transfer_s(source.id, view.id, pages - own) + HOP_S
-            compute_s = self._compute_s(prompt, view, pages)
-            if fetch_s + compute_s < best.fetch_s + best.compute_s:
-                best = _Ready(source.id, pages, fetch_s, compute_s)
+            for pages, wait_s in (
+                (source.match.pages, 0.0),
+                (source.coming_pages, max(source.coming_s, LEAST_WAIT_S)),
+            ):
+                pages = min(pages, whole)
+                if pages <= own:
+                    continue
+                rest_s = compute_s(pages)
+                if max(queue_s, wait_s) + rest_s >= limit_s:
+                    continue
+                fetch_s = self.costs.predict_transfer_s(source.id, view.id, pages - own) + HOP_S
+                start_s = max(queue_s, wait_s + fetch_s)
+                if start_s + rest_s < limit_s:
+                    limit_s = start_s + rest_s
+                    best = _Site(view, source.id, pages, queue_s, start_s, rest_s, wait_s)
         return best
+
+    def _decode(self, prompt: Prompt, site: _Site) -> _Decode:
+        view, whole = site.view, usable_pages(prompt)
+        fixed, linear, attention = self.costs.prefill_theta(view.id)
+        held = whole * prompt.page_size
+        new = prompt.tokens - held
+        tail_s = fixed + new * (linear + attention * (held + new / 2))
+        load_s = RUNNING_TOKENS * linear * view.running_requests
+        missing = whole - cached_pages(prompt, view)
+        room_s = self._room_s(prompt, view)
+        return _Decode(site, missing, tail_s, self._delay_s(view, tail_s), load_s, room_s)
+
+    def _room_s(self, prompt: Prompt, view: InstanceView) -> float:
+        if view.total_tokens <= 0:
+            return 0.0
+        held = min(view.match.hbm_pages, usable_pages(prompt)) * prompt.page_size
+        used = view.total_tokens - view.free_tokens + prompt.tokens - held
+        over = (used / view.total_tokens - ROOMY_SHARE) / (1 - ROOMY_SHARE)
+        return over * self.costs.predict_prefill_s(view.id, prompt.tokens, 0) if over > 0 else 0.0
 
     def _delay_s(self, view: InstanceView, compute_s: float) -> float:
         streams = view.running_requests if view.role.can_decode else 0
@@ -108,80 +226,141 @@ class Cost:
             streams = max(streams, 1)
         return STREAM_DELAY_WEIGHT * streams * compute_s
 
-    def _load_s(self, view: InstanceView) -> float:
-        return RUNNING_S * view.running_requests + WAITING_S * view.waiting_requests
+    def _prefill_s(self, site: _Site) -> float:
+        return site.ready_s + self._delay_s(site.view, site.compute_s)
 
-    def _bypass_rule(
-        self, prompt: Prompt, decode: InstanceView, ready: _Ready
-    ) -> tuple[bool, bool]:
+    def _bypass_rule(self, prompt: Prompt, site: _Site) -> tuple[bool, bool]:
         """Whether the decode instance must, and whether it may, compute the rest itself."""
         if self.bypass_tokens is None:
             return False, True
-        held = max(ready.held_pages, cached_pages(prompt, decode))
-        rest = prompt.tokens - held * prompt.page_size
-        must = rest <= self.bypass_tokens or held == usable_pages(prompt)
+        rest = prompt.tokens - site.held_pages * prompt.page_size
+        must = rest <= self.bypass_tokens or site.held_pages == usable_pages(prompt)
         return must, must
 
     # -- the options --
 
-    def _bypass(self, prompt: Prompt, decode: InstanceView, ready: _Ready) -> _Option:
-        terms = {
-            "queue": self._queue_s(decode),
-            "fetch": ready.fetch_s,
-            "compute": ready.compute_s,
-            "load": self._load_s(decode),
-        }
-        terms["ttft"] = sum(terms.values())
-        terms["delay"] = self._delay_s(decode, ready.compute_s)
-        terms["total"] = total = terms["ttft"] + terms["delay"]
-        tokens = prompt.tokens - ready.held_pages * prompt.page_size
-        moved = "" if ready.source is None else f"fetches {ready.held_pages} pages' prefix from "
-        moved += "" if ready.source is None else f"{ready.source}, "
-        reason = f"direct: {decode.id} {moved}computes {tokens} tokens, {total * 1e3:.0f} ms"
-        plan = Plan(decode.id, decode_source=ready.source, reason=reason, terms=terms)
-        return _Option(plan, decode, None, total)
+    def _bypass(self, decode: _Decode) -> _Option:
+        site = decode.site
+        delay_s = self._delay_s(site.view, site.compute_s)
+        return _Option(site.ready_s + decode.load_s + decode.room_s + delay_s, decode)
 
-    def _via(
-        self, prompt: Prompt, prefill: InstanceView, decode: InstanceView, ready: _Ready
-    ) -> _Option:
-        whole = usable_pages(prompt)
-        moved = whole - cached_pages(prompt, decode)
-        tail_s = self._compute_s(prompt, decode, whole)
-        terms = {
-            "queue": self._queue_s(prefill),
-            "fetch": ready.fetch_s,
-            "compute": ready.compute_s,
-            "move": HOP_S + self.costs.predict_transfer_s(prefill.id, decode.id, moved),
-        }
-        # The decode instance works off its own queue meanwhile.
-        terms["decode_queue"] = max(0.0, self._queue_s(decode) - sum(terms.values()))
-        terms["tail"] = tail_s
-        terms["load"] = self._load_s(decode)
-        terms["ttft"] = sum(terms.values())
-        terms["delay"] = self._delay_s(prefill, ready.compute_s) + self._delay_s(decode, tail_s)
-        terms["total"] = total = terms["ttft"] + terms["delay"]
-        tokens = prompt.tokens - ready.held_pages * prompt.page_size
-        source = "" if ready.source is None else f" after a fetch from {ready.source}"
-        reason = (
-            f"prefill: {prefill.id} computes {tokens} tokens{source}, "
-            f"{moved} pages move to {decode.id}, {total * 1e3:.0f} ms"
-        )
-        plan = Plan(decode.id, prefill.id, ready.source, reason=reason, terms=terms)
-        return _Option(plan, decode, prefill, total)
+    def _via(self, prompt: Prompt, prefill: _Site, decode: _Decode) -> _Option:
+        pair = prefill.view.id, decode.site.view.id
+        if cached_pages(prompt, prefill.view) == usable_pages(prompt):
+            # Nothing is computed there that moving could go along with.
+            compute_s, start_s = 0.0, 0.0
+            move_s = self.costs.predict_transfer_s(*pair, decode.missing_pages)
+        else:
+            compute_s, start_s = prefill.compute_s, prefill.start_s
+            move_s = self.costs.predict_tail_s(*pair, decode.missing_pages)
+        arrives_s = start_s + compute_s + HOP_S + move_s
+        total_s = max(arrives_s, decode.site.queue_s)
+        total_s += decode.tail_s + decode.load_s + decode.room_s
+        total_s += self._delay_s(prefill.view, compute_s) + decode.tail_delay_s
+        return _Option(total_s, decode, prefill, move_s)
 
     def _pick(self, options: Sequence[_Option]) -> _Option:
         """The least total; ties go to the idlest instances, then in turn."""
-        least = min(option.seconds for option in options)
+        least = min(option.total_s for option in options)
         limit = least * (1 + TIE_RELATIVE) + TIE_S
-        tied = [option for option in options if option.seconds <= limit]
+        tied = [option for option in options if option.total_s <= limit]
+        if len(tied) == 1:
+            return tied[0]
         loads = [_option_load(option) for option in tied]
-        idlest = [o for o, load in zip(tied, loads, strict=True) if load == min(loads)]
-        return idlest[self.rotation.turn % len(idlest)]
+        idlest_load = min(loads)
+        idlest = [o for o, load in zip(tied, loads, strict=True) if load == idlest_load]
+        # Both sides were put in their turn before.
+        return idlest[0]
+
+    # -- in words --
+
+    def _plan(self, prompt: Prompt, option: _Option) -> Plan:
+        decode = option.decode
+        if option.prefill is None:
+            return self._direct(prompt, decode)
+        return self._relay(prompt, option.prefill, decode, option.move_s)
+
+    def _direct(self, prompt: Prompt, decode: _Decode) -> Plan:
+        site = decode.site
+        terms = _ready_terms(site)
+        terms["load"], terms["room"] = decode.load_s, decode.room_s
+        _add_up(terms, self._delay_s(site.view, site.compute_s))
+        tokens = prompt.tokens - site.held_pages * prompt.page_size
+        moved = "" if site.source is None else f"fetches from {site.source}, "
+        reason = f"direct: {site.view.id} {moved}computes {tokens} tokens{_late(site)}"
+        return Plan(
+            site.view.id,
+            decode_source=site.source,
+            held_pages=site.held_pages,
+            wait_s=site.wait_s,
+            reason=f"{reason}, {_ms(terms)}",
+            terms=terms,
+        )
+
+    def _relay(self, prompt: Prompt, prefill: _Site, decode: _Decode, move_s: float) -> Plan:
+        computes = cached_pages(prompt, prefill.view) < usable_pages(prompt)
+        terms = _ready_terms(prefill) if computes else {"queue": 0.0, "fetch": 0.0, "compute": 0.0}
+        terms["move"] = HOP_S + move_s
+        # The decode instance works off its own queue meanwhile.
+        terms["decode_queue"] = max(0.0, decode.site.queue_s - sum(terms.values()))
+        terms["tail"] = decode.tail_s
+        terms["load"], terms["room"] = decode.load_s, decode.room_s
+        delay_s = self._delay_s(prefill.view, terms["compute"]) + decode.tail_delay_s
+        _add_up(terms, delay_s)
+        tokens = prompt.tokens - prefill.held_pages * prompt.page_size
+        source = "" if prefill.source is None else f" after a fetch from {prefill.source}"
+        reason = (
+            f"prefill: {prefill.view.id} computes {tokens} tokens{source}{_late(prefill)}, "
+            f"{decode.missing_pages} pages move to {decode.site.view.id}, {_ms(terms)}"
+        )
+        return Plan(
+            decode.site.view.id,
+            prefill.view.id,
+            prefill.source,
+            held_pages=prefill.held_pages,
+            wait_s=prefill.wait_s,
+            reason=reason,
+            terms=terms,
+        )
+
+
+def _shortlist(among: Sequence[_T], key: Callable[[_T], float]) -> Sequence[_T]:
+    return among if len(among) <= SHORTLIST else nsmallest(SHORTLIST, among, key=key)
+
+
+def _ready_terms(site: _Site) -> dict[str, float]:
+    """``fetch`` is what waiting for pages adds to the queue: both pass at the same time."""
+    return {
+        "queue": site.queue_s,
+        "fetch": site.start_s - site.queue_s,
+        "compute": site.compute_s,
+    }
+
+
+def _add_up(terms: dict[str, float], delay_s: float) -> None:
+    terms["ttft"] = sum(terms.values())
+    terms["delay"] = delay_s
+    terms["total"] = terms["ttft"] + delay_s
+
+
+def _late(site: _Site) -> str:
+    """Says when the prefix is still being computed."""
+    coming = site.held_pages > site.view.match.pages if site.source is None else site.wait_s > 0
+    return " once its prefix has come" if coming else ""
+
+
+def _ms(terms: dict[str, float]) -> str:
+    return f"{terms['total'] * 1e3:.0f} ms"
+
+
+def _least_decode_s(decode: _Decode) -> float:
+    """What decoding there costs at least. Pages that are there need not move."""
+    return max(decode.site.queue_s, 0.0) + decode.tail_s + decode.load_s + decode.room_s
 
 
 def _option_load(option: _Option) -> tuple[int, int]:
-    requests, tokens = load_of(option.decode)
+    requests, tokens = load_of(option.decode.site.view)
     if option.prefill is not None:
-        more_requests, more_tokens = load_of(option.prefill)
+        more_requests, more_tokens = load_of(option.prefill.view)
         requests, tokens = requests + more_requests, tokens + more_tokens
     return requests, tokens

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sglang_memserve.errors import NoInstance
-from sglang_memserve.router.cost import CostModel, LinearFit
+from sglang_memserve.router.cost import CostModel
+from sglang_memserve.router.fit import LinearFit
 from sglang_memserve.router.policy.base import Rotation
 from sglang_memserve.router.policy.registry import POLICIES, make_policy
 from sglang_memserve.router.values import InstanceView, Match, Plan, Prompt
@@ -32,6 +33,11 @@ def fleets(draw: st.DrawFn) -> list[InstanceView]:
             running_requests=draw(st.integers(0, 5)),
             waiting_requests=draw(st.integers(0, 2)),
             in_flight_prefill_tokens=draw(st.sampled_from([0, 100, 5000])),
+            free_tokens=draw(st.sampled_from([0, 10, 100_000])),
+            total_tokens=draw(st.sampled_from([0, 10, 100_000])),
+            queue_s=draw(st.sampled_from([0.0, 0.1, 5.0])),
+            coming_pages=draw(st.sampled_from([0, 10, 60])),
+            coming_s=draw(st.sampled_from([0.0, 0.2, 3.0])),
             match=Match(draw(st.integers(0, 40))),
             can_fetch=draw(st.booleans()),
         )
@@ -66,7 +72,13 @@ def is_sound(plan: Plan, prompt: Prompt, views: list[InstanceView]) -> None:
     if source is not None:
         assert source != target.id
         assert by_id[source].can_fetch and target.can_fetch
-        assert min(by_id[source].match.pages, full) > target.match.pages
+        there = by_id[source]
+        held = max(there.match.pages, there.coming_pages * (plan.wait_s > 0))
+        assert min(held, full) > target.match.pages
+        assert plan.held_pages <= min(held, full)
+    assert 0 <= plan.held_pages <= full
+    assert plan.wait_s >= 0
+    assert plan.wait_s == 0 or source is not None
 
 
 @settings(max_examples=400, deadline=None)

@@ -99,16 +99,16 @@ def test_cost_spares_busy_decode_instances() -> None:
 
 
 def test_cost_avoids_queues() -> None:
-    queue = replace(P, in_flight_prefill_tokens=6000)
+    queue = replace(P, queue_s=5.0)
     assert decide("cost", LONG, queue, P2, D).prefill == P2.id
     assert decide("cost", LONG, queue, D).prefill is None
 
 
 def test_cost_weighs_a_match_against_a_queue() -> None:
-    holder = replace(B, match=FULL, in_flight_prefill_tokens=20_000)
+    holder = replace(B, match=FULL, queue_s=16.0)
     plan = decide("cost", LONG, holder, B2)
     assert (plan.decode, plan.decode_source) == (B2.id, B.id)
-    assert decide("cost", LONG, replace(holder, in_flight_prefill_tokens=0), B2).decode == B.id
+    assert decide("cost", LONG, replace(holder, queue_s=0.0), B2).decode == B.id
 
 
 def test_cost_moves_only_what_is_slow_to_compute() -> None:
@@ -124,7 +124,7 @@ def test_cost_moves_only_what_is_slow_to_compute() -> None:
 def test_cost_explains_itself() -> None:
     plan = decide("cost", LONG, P, D)
     assert plan.reason.startswith("prefill: http://p:1 computes 1505 tokens, 94 pages move")
-    parts = ("queue", "fetch", "compute", "move", "decode_queue", "tail", "load")
+    parts = ("queue", "fetch", "compute", "move", "decode_queue", "tail", "load", "room")
     assert plan.terms["ttft"] == pytest.approx(sum(plan.terms[part] for part in parts))
     assert plan.terms["total"] == pytest.approx(plan.terms["ttft"] + plan.terms["delay"])
 
@@ -173,7 +173,7 @@ def test_one_observation_moves_the_prior_to_a_gpu() -> None:
     # Others of the fleet are expected to be alike.
     assert costs.predict_prefill_s(D.id, 1000, 0) == pytest.approx(0.02, rel=0.3)
     costs.forget(P.id)
-    assert costs.explain() == {}
+    assert costs.explain()["prefill"]["instances"] == {}
 
 
 def test_the_fit_finds_the_true_coefficients() -> None:
@@ -198,6 +198,7 @@ def test_nonsense_is_not_learnt_from() -> None:
     costs.observe_prefill(P.id, 5, -1, 1.0)
     costs.observe_transfer(P.id, D.id, 0, 1.0)
     costs.observe_transfer(P.id, D.id, 5, float("inf"))
-    assert costs.explain() == {}
+    told = costs.explain()
+    assert told["prefill"]["instances"] == told["transfer"]["pairs"] == {}
     assert costs.predict_prefill_s(P.id, 0, 9) == 0
     assert costs.predict_transfer_s(P.id, D.id, 0) == 0
