@@ -8,6 +8,7 @@ In dependency order:
 ``merged_tree``    the one of the two that this machine runs
 ``cost``           what computing and moving take
 ``policy/``        where a request is prefilled and decoded
+``security`` ``connection``   keys, TLS, bounds of a connection
 ``config`` ``limits``   the command line, bounds of a request
 ``breaker`` ``member`` ``instances``   who is there, in which state
 ``feed`` ``polling``   shells: residency events, listed URLs

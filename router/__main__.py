@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
@@ -88,11 +89,17 @@ async def serve(config: RouterConfig, listener: socket.socket) -> None:
                 server_header=False,
                 # Nobody here asks for the client's address.
                 proxy_headers=False,
+                **config.tls.uvicorn_options(),
             )
         )
         host, port = listener.getsockname()[:2]
+        if not config.api_key and not ipaddress.ip_address(host).is_loopback:
+            logger.warning("anybody who reaches %s may ask anything: no --api-key", host)
         shown = f"[{host}]" if ":" in host else host
-        print(f"router listening on http://{shown}:{port} (policy {config.policy})", flush=True)
+        print(
+            f"router listening on {config.tls.scheme}://{shown}:{port} (policy {config.policy})",
+            flush=True,
+        )
         await server.serve(sockets=[listener])
 
 

@@ -32,7 +32,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as Mount
 
-from . import headers, replies
+from . import replies
 from .aliases import Aliases
 from .asgi import ClientGone, SlowBody
 from .bookings import Bookings
@@ -56,7 +56,8 @@ from .polling import Poller
 from .prepare import Preparation
 from .prompts import Route
 from .proxy import Deadlines, Upstream
-from .replies import App, Receive, Scope, Send
+from .replies import App
+from .security import Guard, with_cors
 from .shortcut import Shortcut
 from .steps import Steps
 from .tokenize import Tokenization
@@ -80,7 +81,7 @@ STATUS_OF: tuple[tuple[type[MemServeError], int], ...] = (
 @asynccontextmanager
 async def running(
     config: RouterConfig, *, limits: Limits | None = None, steps: StepDeadlines | None = None
-) -> AsyncIterator[Guard]:
+) -> AsyncIterator[App]:
     """A router that works, as an ASGI application, until the block is left.
 
     ``limits`` and ``steps`` override what ``config`` says, for tests mostly.
@@ -97,12 +98,14 @@ async def running(
 
 async def _assemble(
     config: RouterConfig, limits: Limits, deadlines: StepDeadlines, stack: AsyncExitStack
-) -> Guard:
+) -> App:
     total_s = config.request_timeout_s
-    upstream = Upstream(Deadlines(stall_s=total_s, total_s=total_s), config.api_key)
+    keys, trusted = config.keys, config.tls.instance_context()
+    upstream = Upstream(Deadlines(stall_s=total_s, total_s=total_s), keys, trusted)
     stack.push_async_callback(upstream.close)
     key = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    session = await stack.enter_async_context(aiohttp.ClientSession())
+    connector = aiohttp.TCPConnector(ssl=trusted or True)
+    session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
     tree, metrics, costs, rotation = merged_tree(), Metrics(), CostModel(), Rotation()
     policy = make_policy(config.policy, rotation, costs, config.bypass_tokens)
     feed = Feed(tree, session, clock=time.monotonic, wall_clock=time.time, headers=key)
@@ -143,7 +146,7 @@ async def _assemble(
     )
     dispatcher = Dispatcher(
         preparation=preparation,
-        forwarding=Forwarding(instances, upstream, costs, metrics, config.api_key),
+        forwarding=Forwarding(instances, upstream, costs, metrics, keys),
         instances=instances,
         rotation=rotation,
         live=live,
@@ -158,10 +161,11 @@ async def _assemble(
     most = limits.max_body_bytes
     control = Control(instances, source_states, upstream, live, metrics, most)
     members = Members(instances, source_states, tree, most)
-    rest = Passthrough(instances, upstream, metrics, rotation, most, config.api_key)
+    rest = Passthrough(instances, upstream, metrics, rotation, most, keys)
     inference = {route.value: dispatcher for route in Route}
     app = _application(dispatcher, control, members, Aliases(instances, most), rest)
-    return Guard(Shortcut(app, inference, INFERENCE_METHODS), config.api_key)
+    guarded = Guard(Shortcut(app, inference, INFERENCE_METHODS), keys)
+    return with_cors(guarded, config.cors_origins)
 
 
 def _application(
@@ -219,23 +223,6 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_client_gone(request: Request, error: Exception) -> Response:
     # Nobody reads it; the server wants an answer all the same.
     return Response(status_code=400)
-
-
-class Guard:
-    """The outermost application: the API key. Plain ASGI."""
-
-    def __init__(self, app: App, api_key: str | None) -> None:
-        self.app = app
-        self._api_key = api_key
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not headers.authorized(
-            scope["headers"], scope["path"], self._api_key
-        ):
-            id = headers.request_id(scope["headers"])
-            await replies.unauthorized().send(send, headers.Verdict(id).headers())
-            return
-        await self.app(scope, receive, send)
 
 
 class Newcomers:

@@ -9,7 +9,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 from sglang_memserve.config import parse_size, parse_url
@@ -18,6 +18,7 @@ from sglang_memserve.types import InstanceId, Role
 
 from .flags import policy_name, translate
 from .policy.registry import POLICIES
+from .security import Keys, Tls
 
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _LOG_LEVEL_SPELLINGS = {"warn": "warning"}
@@ -45,7 +46,10 @@ class RouterConfig:
     policy: str = "cost"
     bypass_tokens: int | None = None
     model_path: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
+    admin_key: str | None = field(default=None, repr=False)
+    tls: Tls = field(default_factory=Tls)
+    cors_origins: tuple[str, ...] = ()
     heartbeat_s: float = 2.0
     expire_s: float = 10.0
     request_timeout_s: float = 600.0
@@ -75,6 +79,14 @@ class RouterConfig:
             )
         if self.max_body_bytes <= 0:
             raise ConfigError(f"--max-body-bytes must be positive, got {self.max_body_bytes}")
+        for name in ("api_key", "admin_key"):
+            key = getattr(self, name)
+            if key is not None and not (key and key.isascii() and key.isprintable()):
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} must be printable ASCII, and not empty")
+        for origin in self.cors_origins:
+            if origin != "*" and parse_url(origin) != origin:
+                raise ConfigError(f"--cors-origin {origin}: write it as http(s)://host[:port]")
         if self.log_level not in _LOG_LEVELS:
             raise ConfigError(
                 f"unknown log level {self.log_level!r}: choose one of {', '.join(_LOG_LEVELS)}"
@@ -83,6 +95,10 @@ class RouterConfig:
         for url in urls:
             if urls.count(url) > 1:
                 raise ConfigError(f"{url} is listed more than once")
+
+    @property
+    def keys(self) -> Keys:
+        return Keys(self.api_key, self.admin_key)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,6 +122,15 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
         bypass_tokens=args.bypass_tokens,
         model_path=args.model_path,
         api_key=args.api_key,
+        admin_key=args.admin_key,
+        tls=Tls(
+            certfile=args.ssl_certfile,
+            keyfile=args.ssl_keyfile,
+            keyfile_password=args.ssl_keyfile_password,
+            ca_certs=args.ssl_ca_certs,
+            instance_ca_certs=args.instance_ca_certs,
+        ),
+        cors_origins=tuple(_flat(args.cors_origin)),
         heartbeat_s=args.heartbeat_s,
         expire_s=args.expire_s,
         request_timeout_s=args.request_timeout_s,
@@ -152,6 +177,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--model-path", metavar="DIR", help="tokenizer's folder (default: the instances' own)")
     add("--api-key", help="asked of clients and sent to instances")
+    add("--admin-key", "--admin-api-key", help="asked for workers, flush, weights and the like")
+    add("--cors-origin", action="append", nargs="+", default=[], metavar="ORIGIN")
+    add("--ssl-certfile", metavar="FILE", help="serve https")
+    add("--ssl-keyfile", metavar="FILE")
+    add("--ssl-keyfile-password", metavar="WORD")
+    add("--ssl-ca-certs", metavar="FILE", help="clients need a certificate of these authorities")
+    add("--instance-ca-certs", metavar="FILE", help="who vouches for https instances")
     add("--heartbeat-s", type=float, default=defaults.heartbeat_s, metavar="S")
     add("--expire-s", type=float, default=defaults.expire_s, metavar="S")
     add("--request-timeout-s", type=float, default=defaults.request_timeout_s, metavar="S")

@@ -17,6 +17,7 @@ from .member import Outcome
 from .metrics import Funnel, Metrics
 from .prompts import Request
 from .proxy import Upstream
+from .security import Keys
 from .turn import Prepared, Turn
 
 RETRIED_STATUS = 503
@@ -33,13 +34,13 @@ class Forwarding:
         upstream: Upstream,
         costs: CostModel,
         metrics: Metrics,
-        api_key: str | None,
+        keys: Keys,
     ) -> None:
         self._instances = instances
         self._upstream = upstream
         self._costs = costs
         self._metrics = metrics
-        self._api_key = api_key
+        self._keys = keys
 
     async def forward(self, turn: Turn, prepared: Prepared) -> None:
         """The client's request to ``target``, the answer to the client.
@@ -49,7 +50,7 @@ class Forwarding:
         turn.verdict = prepared.verdict
         client, target = turn.client, prepared.target
         data, rids = _abortable(turn, prepared.prompts)
-        headers = to_instance(client.headers, client.request_id, self._api_key)
+        headers = to_instance(client.headers, client.request_id, self._keys.towards(client.path))
         idle = self._is_idle(target)
         sent_at = time.monotonic()
         with self._instances.begin(target, prepared.uncached_tokens) as flight:

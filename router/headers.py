@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,10 +28,6 @@ _OURS = frozenset({b"host", b"content-length", b"expect", b"x-request-id"})
 # What an instance says about itself as a server, or about a request id that we echo ourselves.
 _NOT_PASSED_BACK = frozenset({b"date", b"server", b"x-request-id"})
 
-# Whole paths, not prefixes as in SGLang: what we do not know ourselves is passed on with the key.
-OPEN_PATHS = frozenset(
-    {"/health", "/health_generate", "/ready", "/readiness", "/liveness", "/metrics"}
-)
 MAX_REQUEST_ID_BYTES = 200
 
 
@@ -51,16 +46,6 @@ def request_id(headers: RawHeaders) -> str:
         if text and text.isprintable():
             return text
     return new_id()
-
-
-def authorized(headers: RawHeaders, path: str, api_key: str | None) -> bool:
-    """As SGLang: health, readiness and metrics are open, everything else wants the key."""
-    if api_key is None or path in OPEN_PATHS:
-        return True
-    scheme, _, token = (get(headers, b"authorization") or b"").partition(b" ")
-    if scheme.lower() != b"bearer":
-        return False
-    return secrets.compare_digest(token, api_key.encode())
 
 
 def to_instance(headers: RawHeaders, id: str, api_key: str | None) -> list[tuple[str, str]]:

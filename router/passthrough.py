@@ -24,6 +24,7 @@ from .placement import idlest_decode
 from .policy.base import Rotation
 from .proxy import Upstream
 from .replies import Receive, Scope, Send
+from .security import Keys
 
 logger = logging.getLogger(__name__)
 
@@ -44,14 +45,14 @@ class Passthrough:
         metrics: Metrics,
         rotation: Rotation,
         max_body_bytes: int,
-        api_key: str | None,
+        keys: Keys,
     ) -> None:
         self._instances = instances
         self._upstream = upstream
         self._metrics = metrics
         self._rotation = rotation
         self._max_body_bytes = max_body_bytes
-        self._api_key = api_key
+        self._keys = keys
         self._names = ModelNames(instances)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -110,7 +111,8 @@ class Passthrough:
     async def _forward(self, client: Client, data: bytes, target: InstanceId) -> None:
         """Raises PeerError, NoInstance, Broken."""
         self._rotation.advance()
-        headers = to_instance(client.headers, client.request_id, self._api_key)
+        key = self._keys.towards(client.path)
+        headers = to_instance(client.headers, client.request_id, key)
         verdict = Verdict(client.request_id, decode=target, reason="passed through")
         with self._instances.begin(target, 0) as flight:
             try:

@@ -10,6 +10,7 @@ no answer came in time, PeerError itself when the connection broke.
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -23,6 +24,7 @@ from sglang_memserve.errors import PeerError, PeerUnreachable
 from yarl import URL
 
 from .headers import RawHeaders
+from .security import Keys
 
 MAX_ERROR_BYTES = 4096
 MAX_JSON_BYTES = 256 * 2**20
@@ -88,12 +90,20 @@ class Answer:
 class Upstream:
     """The one HTTP client of the router. Create it inside the event loop; close it there."""
 
-    def __init__(self, deadlines: Deadlines, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        deadlines: Deadlines,
+        keys: Keys = Keys(),  # noqa: B008 - frozen
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self._deadlines = deadlines
-        self._own_headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._keys = keys
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(
-                limit=0, keepalive_timeout=IDLE_CONNECTION_S, ttl_dns_cache=60
+                limit=0,
+                keepalive_timeout=IDLE_CONNECTION_S,
+                ttl_dns_cache=60,
+                ssl=tls or True,
             ),
             timeout=aiohttp.ClientTimeout(
                 total=None,
@@ -166,7 +176,9 @@ class Upstream:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Any answer of an instance to a question of our own, all within the deadline."""
         data = body if isinstance(body, bytes) or body is None else orjson.dumps(body)
-        headers = dict(self._own_headers)
+        target = URL(url, encoded=True)
+        key = self._keys.towards(target.path)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         if data is not None:
             headers["Content-Type"] = "application/json"
         try:
@@ -174,7 +186,7 @@ class Upstream:
                 asyncio.timeout(deadline_s),
                 self._session.request(
                     method,
-                    URL(url, encoded=True),
+                    target,
                     headers=headers,
                     data=data,
                     timeout=aiohttp.ClientTimeout(

@@ -77,6 +77,9 @@ def parse(argv: list[str]) -> Options:
     api_key = flag_value(rest, ("--api-key",))
     if api_key:
         router_args += ["--api-key", api_key]
+    admin_key = flag_value(rest, ("--admin-api-key",))
+    if admin_key:
+        router_args += ["--admin-key", admin_key]
     return Options(
         model_path=own.model_path,
         prefill=unless_both if own.prefill is None else own.prefill,

@@ -60,29 +60,6 @@ def test_a_request_id_is_echoed() -> None:
     assert headers.request_id([(b"x-request-id", b"abc-1")]) == "abc-1"
 
 
-@pytest.mark.parametrize(
-    ("path", "sent", "allowed"),
-    [
-        ("/generate", b"Bearer key", True),
-        ("/generate", b"bearer key", True),
-        ("/generate", b"Bearer nope", False),
-        ("/generate", b"Basic key", False),
-        ("/generate", b"Bearer \xff", False),
-        ("/generate", None, False),
-        ("/health", None, True),
-        ("/health_generate", None, True),
-        ("/readiness", None, True),
-        ("/liveness", None, True),
-        ("/metrics", None, True),
-        ("/workers", None, False),
-    ],
-)
-def test_the_key_protects_all_but_probes(path: str, sent: bytes | None, allowed: bool) -> None:
-    raw = [] if sent is None else [(b"authorization", sent)]
-    assert headers.authorized(raw, path, "key") is allowed
-    assert headers.authorized(raw, path, None)
-
-
 def test_error_shapes() -> None:
     body = orjson.loads(replies.bad_request("no").body)
     assert body == {

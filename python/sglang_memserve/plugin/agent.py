@@ -84,12 +84,14 @@ class _RouterState(Enum):
 @dataclass(slots=True)
 class InstanceAgent:
     """``role`` may change while running. ``on_refused`` is called with the reason when a router
-    refuses this instance for good."""
+    refuses this instance for good. ``api_key`` is shown to other instances, ``admin_key``, where
+    there is one, to routers: it takes more than a client's key to join."""
 
     config: InstanceConfig
     engine: Engine
     on_refused: Callable[[str], None]
     api_key: str | None = None
+    admin_key: str | None = None
     role: Role = field(init=False)
     _ranks: list[LocalClient] = field(init=False, default_factory=list)
     _residency: Residency = field(init=False)
@@ -364,10 +366,13 @@ class InstanceAgent:
     async def _post(self, url: str, body: bytes) -> bytes:
         """Raises ConfigError for a 409 (the router's reason), PeerError for other refusals."""
         assert self._session is not None
+        headers = {"Content-Type": "application/json"}
+        if self.admin_key:
+            headers["Authorization"] = f"Bearer {self.admin_key}"
         async with self._session.post(
             url,
             data=body,
-            headers={"Content-Type": "application/json"},
+            headers=headers,
             timeout=aiohttp.ClientTimeout(total=ROUTER_CALL_S),
         ) as response:
             data = await response.read()

@@ -69,7 +69,11 @@ def _manager() -> Any:
 def mount(app: FastAPI, config: InstanceConfig, server_args: ServerArgs) -> InstanceAgent:
     """Add the routes to SGLang's app and let an agent live as long as the app does."""
     agent = InstanceAgent(
-        config, _SglangEngine(server_args), on_refused=_give_up, api_key=server_args.api_key
+        config,
+        _SglangEngine(server_args),
+        on_refused=_give_up,
+        api_key=server_args.api_key,
+        admin_key=server_args.admin_api_key,
     )
     app.include_router(_routes(agent))
     app.include_router(pool_routes(agent))
