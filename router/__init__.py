@@ -6,7 +6,8 @@ In dependency order:
 ``global_tree``    who holds which page
 ``native_tree``    the same over the native core
 ``merged_tree``    the one of the two that this machine runs
-``cost``           what computing and moving take
+``fit`` ``flows`` ``spells`` ``cost``   what computing and moving take
+``backlog`` ``coming`` ``bookings``   what is decided and not yet seen done
 ``policy/``        where a request is prefilled and decoded
 ``security`` ``connection``   keys, TLS, bounds of a connection
 ``config`` ``limits``   the command line, bounds of a request
@@ -20,6 +21,6 @@ In dependency order:
 ``placement``      token ids to a plan
 ``fetches`` ``prefill`` ``steps``   what comes before decode
 ``asgi`` ``turn`` ``prepare`` ``forward`` ``dispatch`` ``passthrough`` ``shortcut``   requests
-``members`` ``control``   everything else
+``members`` ``control`` ``explain``   everything else
 ``app`` ``__main__``   putting it together
 """

@@ -40,6 +40,7 @@ from .config import RouterConfig
 from .control import Control
 from .cost import CostModel
 from .dispatch import Dispatcher
+from .explain import Explain
 from .feed import Feed
 from .forward import Forwarding
 from .instances import Instances
@@ -163,13 +164,29 @@ async def _assemble(
     members = Members(instances, source_states, tree, most)
     rest = Passthrough(instances, upstream, metrics, rotation, most, keys)
     inference = {route.value: dispatcher for route in Route}
-    app = _application(dispatcher, control, members, Aliases(instances, most), rest)
+    explain = Explain(
+        preparation=preparation,
+        instances=instances,
+        tree=tree,
+        policy=policy,
+        policy_name=config.policy,
+        rotation=rotation,
+        bookings=bookings,
+        costs=costs,
+        max_body_bytes=most,
+    )
+    app = _application(dispatcher, control, members, Aliases(instances, most), explain, rest)
     guarded = Guard(Shortcut(app, inference, INFERENCE_METHODS), keys)
     return with_cors(guarded, config.cors_origins)
 
 
 def _application(
-    dispatcher: Dispatcher, control: Control, members: Members, aliases: Aliases, rest: Passthrough
+    dispatcher: Dispatcher,
+    control: Control,
+    members: Members,
+    aliases: Aliases,
+    explain: Explain,
+    rest: Passthrough,
 ) -> FastAPI:
     app = FastAPI(title="MemServe router", docs_url=None, redoc_url=None)
     app.add_exception_handler(MemServeError, _on_error)
@@ -200,6 +217,8 @@ def _application(
         ("/memserve/heartbeat", members.heartbeat, post),
         ("/memserve/deregister", members.deregister, post),
         ("/memserve/tree", members.dump_tree, get),
+        ("/memserve/explain", explain.explain, post),
+        ("/memserve/models", explain.models, get),
     )
     for path, handler, methods in paths:
         app.add_api_route(path, handler, methods=methods, response_model=None)
