@@ -344,6 +344,7 @@ class MemPool:
                 raise ConfigError("the pool is closed")
             if self._resize is not None:
                 raise LimitExceeded("another change of the pool's size is under way")
+            self._ledger.end_expired()
             self._resize = Resize(
                 self._lock,
                 self._ledger,
