@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from sglang_memserve.config import Limits
 from sglang_memserve.mempool import MemPool, PoolLease
@@ -184,6 +185,9 @@ class Rank:
             "sockets": sum(link.startswith("socket:") for link in links),
             "alive": float(self.agent.alive),
         }
+
+    def sockets(self) -> list[str]:
+        return sorted(map(str, psutil.Process().net_connections("all")))
 
     async def _stats(self) -> dict[str, float]:
         client = LocalClient(self._local_path)

@@ -59,6 +59,7 @@ class RankProcess:
         self._answer("start", LIMIT_S)
         self.address = self.call("address")
         self.first = self.state()
+        self.sockets_at_first = "\n".join(self.call("sockets"))
 
     def call(self, command: str, within_s: float = LIMIT_S, **arguments: Any) -> Any:
         """The command's value; fails the test when it failed or took longer than ``within_s``."""
@@ -125,7 +126,12 @@ class RankProcess:
                     left[name] = state[name] - self.first[name]
             if not left:
                 break
-            assert time.monotonic() < until, f"{self.name}: left over: {left}"
+            if time.monotonic() >= until:
+                sockets = "\n".join(self.call("sockets"))
+                raise AssertionError(
+                    f"{self.name}: left over: {left}; at first:\n"
+                    f"{self.sockets_at_first}\nnow:\n{sockets}"
+                )
             time.sleep(0.05)
         assert state["alive"], f"the agent of {self.name} has died"
         assert state["transfer_internal_errors_total"] == 0, state
