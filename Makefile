@@ -7,7 +7,7 @@ MODEL := .cache/models/SmolLM2-135M-Instruct
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check layers lint format bench lock clean sanitize
+.PHONY: help setup demo test check layers lint format bench lock clean sanitize fuzz
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,6 +29,10 @@ check: setup  ## ruff, formatting, types, import layers
 
 sanitize: setup  ## contract tests of the native code under AddressSanitizer and UBSan
 	@$(PY) tools/sanitize.py $(ARGS)
+
+fuzz: setup  ## the random tests again and again with new cases, until one fails (ROUNDS=10)
+	@for round in $$(seq $(or $(ROUNDS),10)); do \
+		echo "round $$round"; env -u CI $(PY) -m pytest -q test/property $(ARGS) || exit 1; done
 
 lint: setup  ## ruff with its safe fixes
 	@$(PY) -m ruff check --fix .
