@@ -50,6 +50,7 @@ from .live import LiveRequests
 from .members import Members
 from .merged_tree import merged_tree
 from .metrics import Metrics, TreeCollector
+from .openapi import describe
 from .passthrough import Passthrough
 from .policy.base import Rotation
 from .policy.registry import make_policy
@@ -193,7 +194,7 @@ def _application(
     app.add_exception_handler(ClientGone, _on_client_gone)
     for route in Route:
         app.router.routes.append(Mount(route.value, dispatcher, methods=[*INFERENCE_METHODS]))
-    get, post, either = ["GET"], ["POST"], ["GET", "POST"]
+    get, post = ["GET"], ["POST"]
     paths: Sequence[tuple[str, Any, list[str]]] = (
         ("/liveness", control.liveness, get),
         ("/health", control.health, get),
@@ -201,7 +202,8 @@ def _application(
         ("/ready", control.readiness, get),
         ("/readiness", control.readiness, get),
         ("/metrics", control.expose_metrics, get),
-        ("/flush_cache", control.flush_cache, either),
+        ("/flush_cache", control.flush_cache, get),
+        ("/flush_cache", control.flush_cache, post),
         ("/abort_request", control.abort_request, post),
         ("/server_info", control.server_info, get),
         ("/get_server_info", control.server_info, get),
@@ -223,6 +225,7 @@ def _application(
     for path, handler, methods in paths:
         app.add_api_route(path, handler, methods=methods, response_model=None)
     app.router.routes.append(Mount("/{path:path}", rest))
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return app
 
 
