@@ -54,6 +54,7 @@ SAMPLING = _object(
 )
 GENERATE: Schema = {
     **_object(
+        (),
         text=_one_or_many(TEXT),
         input_ids=_one_or_many(TOKEN_IDS),
         sampling_params=_one_or_many(SAMPLING),
