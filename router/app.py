@@ -59,6 +59,7 @@ from .prepare import Preparation
 from .prompts import Route
 from .proxy import Deadlines, Upstream
 from .replies import App
+from .resume import Resumption
 from .security import Guard, with_cors
 from .shortcut import Shortcut
 from .steps import Steps
@@ -103,7 +104,8 @@ async def _assemble(
 ) -> App:
     total_s = config.request_timeout_s
     keys, trusted = config.keys, config.tls.instance_context()
-    upstream = Upstream(Deadlines(stall_s=total_s, total_s=total_s), keys, trusted)
+    deadlines_of_http = Deadlines(config.connect_timeout_s, config.stall_timeout_s, total_s)
+    upstream = Upstream(deadlines_of_http, keys, trusted)
     stack.push_async_callback(upstream.close)
     key = {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {}
     connector = aiohttp.TCPConnector(ssl=trusted or True)
@@ -146,9 +148,13 @@ async def _assemble(
         steps=Steps(upstream, instances, costs, metrics, deadlines),
         metrics=metrics,
     )
+    forwarding = Forwarding(instances, upstream, costs, metrics, keys)
     dispatcher = Dispatcher(
         preparation=preparation,
-        forwarding=Forwarding(instances, upstream, costs, metrics, keys),
+        forwarding=forwarding,
+        resumption=Resumption(
+            preparation, forwarding, upstream, asker.ask, metrics, limits.attempts
+        ),
         instances=instances,
         rotation=rotation,
         live=live,

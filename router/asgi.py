@@ -14,6 +14,7 @@ from . import headers as header
 from . import replies
 from .proxy import Answer
 from .replies import Receive, Reply, Scope, Send, stream_error
+from .streams import Stream
 
 DONE = b"data: [DONE]\n\n"
 TAIL_BYTES = len(DONE)
@@ -117,13 +118,7 @@ class Client:
         An event stream that breaks is ended by an error frame. Raises Broken when any other
         answer does: only a cut connection can tell the client.
         """
-        self.status = answer.status
-        start = {
-            "type": "http.response.start",
-            "status": answer.status,
-            "headers": header.to_client(answer.headers, extra),
-        }
-        await self._send(start)
+        await self._start(answer, extra)
         tail = b""
         try:
             async for chunk in answer.chunks():
@@ -136,9 +131,44 @@ class Client:
         except PeerError as error:
             if not answer.is_event_stream:
                 raise Broken(str(error)) from error
-            self.complete = True
-            end = stream_error(f"the instance broke off: {error}", tail)
-            await self._send({"type": "http.response.body", "body": end})
+            await self.break_off(str(error), tail)
             raise
         self.complete = True
         await self._send({"type": "http.response.body", "body": b""})
+
+    async def relay_frames(
+        self, answer: Answer, extra: Iterable[tuple[bytes, bytes]], stream: Stream
+    ) -> None:
+        """An event stream by whole frames, or what continues one that broke.
+
+        Raises PeerError when it breaks, ends before ``[DONE]`` or does not fit, and leaves the
+        client's stream open: it may go on elsewhere.
+        """
+        if not self.answered:
+            await self._start(answer, extra)
+        async for chunk in answer.chunks():
+            data = stream.feed(chunk)
+            self.complete = stream.done
+            if data:
+                await self._send({"type": "http.response.body", "body": data, "more_body": True})
+        last = stream.at_end()
+        self.complete = True
+        await self._send({"type": "http.response.body", "body": last})
+
+    async def end_stream(self) -> None:
+        """All but the end had come."""
+        self.complete = True
+        await self._send({"type": "http.response.body", "body": DONE})
+
+    async def break_off(self, why: str, tail: bytes = DONE) -> None:
+        """End an event stream that goes on nowhere. ``tail``: the last bytes sent."""
+        self.complete = True
+        end = stream_error(f"the instance broke off: {why}", tail)
+        await self._send({"type": "http.response.body", "body": end})
+
+    async def _start(self, answer: Answer, extra: Iterable[tuple[bytes, bytes]]) -> None:
+        self.status = answer.status
+        headers = header.to_client(answer.headers, extra)
+        await self._send(
+            {"type": "http.response.start", "status": answer.status, "headers": headers}
+        )

@@ -53,6 +53,8 @@ class RouterConfig:
     heartbeat_s: float = 2.0
     expire_s: float = 10.0
     request_timeout_s: float = 600.0
+    connect_timeout_s: float = 3.0
+    stall_timeout_s: float = 120.0
     fetch_timeout_s: float = 10.0
     max_body_bytes: int = 64 * 2**20
     log_level: str = "info"
@@ -67,7 +69,14 @@ class RouterConfig:
             raise ConfigError(f"unknown policy {self.policy!r}: choose one of {_policy_names()}")
         if self.bypass_tokens is not None and self.bypass_tokens < 0:
             raise ConfigError(f"--bypass-tokens must not be negative, got {self.bypass_tokens}")
-        for name in ("heartbeat_s", "expire_s", "request_timeout_s", "fetch_timeout_s"):
+        for name in (
+            "heartbeat_s",
+            "expire_s",
+            "request_timeout_s",
+            "fetch_timeout_s",
+            "connect_timeout_s",
+            "stall_timeout_s",
+        ):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 flag = name.replace("_", "-")
@@ -134,6 +143,8 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
         heartbeat_s=args.heartbeat_s,
         expire_s=args.expire_s,
         request_timeout_s=args.request_timeout_s,
+        connect_timeout_s=args.connect_timeout_s,
+        stall_timeout_s=args.stall_timeout_s,
         fetch_timeout_s=args.fetch_timeout_s,
         max_body_bytes=parse_size(args.max_body_bytes),
         log_level=_LOG_LEVEL_SPELLINGS.get(level, level),
@@ -187,6 +198,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--heartbeat-s", type=float, default=defaults.heartbeat_s, metavar="S")
     add("--expire-s", type=float, default=defaults.expire_s, metavar="S")
     add("--request-timeout-s", type=float, default=defaults.request_timeout_s, metavar="S")
+    add("--connect-timeout-s", type=float, default=defaults.connect_timeout_s, metavar="S")
+    add("--stall-timeout-s", type=float, default=defaults.stall_timeout_s, metavar="S")
     add("--fetch-timeout-s", type=float, default=defaults.fetch_timeout_s, metavar="S")
     add("--max-body-bytes", default=str(defaults.max_body_bytes), metavar="SIZE")
     add("--log-level", default=defaults.log_level, help=", ".join(_LOG_LEVELS))

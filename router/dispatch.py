@@ -29,6 +29,9 @@ from .policy.base import Rotation
 from .prepare import Preparation
 from .prompts import Route
 from .replies import Receive, Scope, Send
+from .resumable import why_not
+from .resume import Resumption
+from .streams import make_stream
 from .turn import Turn
 
 logger = logging.getLogger(__name__)
@@ -42,6 +45,7 @@ class Dispatcher:
         *,
         preparation: Preparation,
         forwarding: Forwarding,
+        resumption: Resumption,
         instances: Instances,
         rotation: Rotation,
         live: LiveRequests,
@@ -50,6 +54,7 @@ class Dispatcher:
     ) -> None:
         self._preparation = preparation
         self._forwarding = forwarding
+        self._resumption = resumption
         self._instances = instances
         self._rotation = rotation
         self._live = live
@@ -120,6 +125,9 @@ class Dispatcher:
             return
         keyed, reason = await self._preparation.key(turn.request)
         turn.prompt_tokens = keyed.tokens
+        if len(keyed.chains) == 1 and not why_not(turn.request):
+            turn.prompt_ids = keyed.chains[0].ids
+            turn.stream = make_stream(turn.request)
         self._rotation.advance()
         second_chance = True
         error: PeerError | None = None
@@ -145,9 +153,12 @@ class Dispatcher:
                 return
             except PeerError as failure:
                 error = failure
-                if turn.client.answered:
-                    return
                 turn.failed.add(prepared.target)
+                if turn.client.answered:
+                    if turn.stream is not None:
+                        turn.errors[prepared.target] = str(failure)
+                        await self._resumption.go_on(turn, turn.stream, failure)
+                    return
                 turn.errors[prepared.target] = str(failure)
                 self._metrics.retries.labels(type(failure).__name__).inc()
                 logger.warning("%s %s failed: %s", turn.client.request_id, prepared.target, failure)

@@ -12,11 +12,12 @@ from .asgi import Broken
 from .cost import CostModel
 from .headers import to_instance
 from .instances import Instances
+from .interrupts import Interruptible
 from .live import new_rid
-from .member import Outcome
+from .member import InFlight, Outcome
 from .metrics import Funnel, Metrics
 from .prompts import Request
-from .proxy import Upstream
+from .proxy import Answer, Upstream
 from .security import Keys
 from .turn import Prepared, Turn
 
@@ -45,7 +46,9 @@ class Forwarding:
     async def forward(self, turn: Turn, prepared: Prepared) -> None:
         """The client's request to ``target``, the answer to the client.
 
-        Raises PeerError; whether another instance may still be tried tells ``client.answered``.
+        Raises PeerError; whether another instance may still be tried tells ``client.answered``,
+        unless ``turn.stream`` goes on elsewhere. A client that was answered before gets the rest
+        of its stream.
         """
         turn.verdict = prepared.verdict
         client, target = turn.client, prepared.target
@@ -57,7 +60,7 @@ class Forwarding:
             if turn.booking is not None:
                 turn.booking.arrived()
             try:
-                with turn.live.at(target, rids):
+                with Interruptible(flight), turn.live.at(target, rids):
                     answer = await self._upstream.open(
                         client.method, target + client.target, headers, data
                     )
@@ -69,14 +72,31 @@ class Forwarding:
                             self._observe(turn, prepared, time.monotonic() - sent_at)
                         if answer.status == RETRIED_STATUS and self._others(turn, target):
                             raise PeerError(f"answered {answer.status}")
-                        self._first_byte(turn, prepared.funnel)
-                        await client.relay(answer, prepared.verdict.headers())
+                        await self._relay(turn, prepared, answer, flight)
             except (PeerError, Broken) as error:
                 flight.end(Outcome.FAILED, str(error))
                 raise
             failed = answer.status in FAILED_STATUSES
             outcome = Outcome.FAILED if failed else Outcome.SUCCEEDED
             flight.end(outcome, f"answered {answer.status}" if failed else "")
+
+    async def _relay(
+        self, turn: Turn, prepared: Prepared, answer: Answer, flight: InFlight
+    ) -> None:
+        """Raises PeerError, Broken."""
+        answer.on_bytes(flight.heard)
+        headers = prepared.verdict.headers()
+        streams = answer.status == 200 and answer.is_event_stream
+        if turn.client.answered:
+            if not streams:
+                raise PeerError(f"answered {answer.status} instead of going on")
+        else:
+            self._first_byte(turn, prepared.funnel)
+        if turn.stream is not None and streams:
+            await turn.client.relay_frames(answer, headers, turn.stream)
+        else:
+            turn.stream = None
+            await turn.client.relay(answer, headers)
 
     def _is_idle(self, target: InstanceId) -> bool:
         view = next((v for v in self._instances.views({}) if v.id == target), None)

@@ -176,12 +176,16 @@ class Instances:
         self._require(instance).role = role
 
     def expire(self) -> None:
-        """Call about once a second: look for those that fell silent."""
+        """Call about once a second: look for those that fell silent. Requests that wait for one
+        of them in vain are interrupted."""
         now = self._clock()
         for member in list(self._members.values()):
+            silent_s = now - member.seen_at
+            if silent_s > self._expire_s:
+                for flight in list(member.flights):
+                    flight.lose(self._expire_s, f"nothing heard for {silent_s:.0f} s")
             if member.static:
                 continue
-            silent_s = now - member.seen_at
             if silent_s > FORGET_FACTOR * self._expire_s:
                 self._remove(member, f"no heartbeat for {silent_s:.0f} s")
             elif silent_s > self._expire_s and member.state is not State.DRAINING:

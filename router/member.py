@@ -14,6 +14,8 @@ from .bookings import NO_SHARE, Share
 from .breaker import Breaker, BreakerState
 from .values import InstanceView, Match
 
+Interrupt = Callable[[str], None]
+
 IDLE = Load(running_requests=0, waiting_requests=0, used_tokens=0, total_tokens=0)
 
 
@@ -76,6 +78,7 @@ class Member:
     load: Load = field(default=IDLE)
     in_flight_requests: int = 0
     in_flight_prefill_tokens: int = 0
+    flights: set[InFlight] = field(default_factory=set)
 
     def view(self, match: Match, share: Share = NO_SHARE) -> InstanceView:
         return InstanceView(
@@ -131,6 +134,9 @@ class InFlight:
         self._prefill_tokens = max(prefill_tokens, 0)
         self._clock = clock
         self._ended = False
+        self._heard_at = clock()
+        self._interrupt: Interrupt | None = None
+        member.flights.add(self)
         member.in_flight_requests += 1
         member.in_flight_prefill_tokens += self._prefill_tokens
         member.breaker.started(clock())
@@ -138,6 +144,19 @@ class InFlight:
     @property
     def instance(self) -> InstanceId:
         return self._member.id
+
+    def heard(self) -> None:
+        """Something came from the instance."""
+        self._heard_at = self._clock()
+
+    def on_lost(self, interrupt: Interrupt | None) -> None:
+        """What to call, with the reason, when nothing comes from the instance any more."""
+        self._interrupt = interrupt
+
+    def lose(self, silent_s: float, why: str) -> None:
+        """The instance is silent; this request too if it was for ``silent_s``."""
+        if self._interrupt is not None and self._clock() - self._heard_at > silent_s:
+            self._interrupt(why)
 
     def computed(self) -> None:
         """The prompt is computed (the first token came): it is no longer queued work."""
@@ -149,6 +168,7 @@ class InFlight:
         if self._ended:
             return
         self._ended = True
+        self._member.flights.discard(self)
         self.computed()
         self._member.in_flight_requests -= 1
         if outcome is Outcome.SUCCEEDED:

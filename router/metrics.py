@@ -64,6 +64,7 @@ class Metrics:
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     requests: Counter = field(init=False)
     retries: Counter = field(init=False)
+    resumes: Counter = field(init=False)
     aborts: Counter = field(init=False)
     fallbacks: Counter = field(init=False)
     in_flight: Gauge = field(init=False)
@@ -89,6 +90,9 @@ class Metrics:
         counter, histogram = self._counter, self._histogram
         self.requests = counter("requests", "Requests answered", "route", "code")
         self.retries = counter("retries", "Requests sent to another decode instance", "reason")
+        self.resumes = counter(
+            "resumes", "Broken streams by what came of them: resumed, or why not", "outcome"
+        )
         self.aborts = counter("aborts", "Requests given up because the client went away or asked")
         self.fallbacks = counter(
             "fallbacks", "Steps that failed or were late, so that decode computes", "step", "reason"

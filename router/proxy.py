@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -34,10 +34,11 @@ IDLE_CONNECTION_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """Seconds. ``stall_s``: between two reads from an instance, the first byte included."""
+    """Seconds. ``stall_s``: between two frames of an event stream. The first one may take as long
+    as the prompt takes to compute."""
 
     connect_s: float = 3.0
-    stall_s: float = 600.0
+    stall_s: float = 120.0
     total_s: float = 3600.0
 
 
@@ -56,10 +57,14 @@ class Answer:
     connection, by which the instance learns that nobody wants the rest.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse, first: bytes, deadline: float) -> None:
+    def __init__(
+        self, response: aiohttp.ClientResponse, first: bytes, deadline: float, stall_s: float
+    ) -> None:
         self._response = response
         self._first = first
         self._deadline = deadline
+        self._stall_s = stall_s
+        self._on_bytes: Callable[[], None] | None = None
         self.status = response.status
         self.headers: RawHeaders = response.raw_headers
 
@@ -67,12 +72,21 @@ class Answer:
     def is_event_stream(self) -> bool:
         return self._response.content_type == "text/event-stream"
 
+    def on_bytes(self, call: Callable[[], None]) -> None:
+        """Called for whatever comes."""
+        self._on_bytes = call
+
     async def chunks(self) -> AsyncIterator[bytes]:
         """Raises PeerError when the body breaks off, PeerUnreachable when it stalls."""
         chunk = self._first
         while chunk:
+            if self._on_bytes is not None:
+                self._on_bytes()
             yield chunk
-            chunk = await _read(self._response, self._deadline)
+            until = self._deadline
+            if self.is_event_stream:
+                until = min(until, time.monotonic() + self._stall_s)
+            chunk = await _read(self._response, until)
 
     async def __aenter__(self) -> Answer:
         return self
@@ -108,7 +122,6 @@ class Upstream:
             timeout=aiohttp.ClientTimeout(
                 total=None,
                 sock_connect=deadlines.connect_s,
-                sock_read=deadlines.stall_s,
             ),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -144,7 +157,7 @@ class Upstream:
             if isinstance(error, aiohttp.ClientError | TimeoutError | OSError):
                 raise _peer_error(error) from error
             raise
-        return Answer(response, first, deadline)
+        return Answer(response, first, deadline, self._deadlines.stall_s)
 
     async def call(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sglang_memserve.types import InstanceId
@@ -12,11 +13,14 @@ from .headers import Verdict
 from .live import Live
 from .metrics import Funnel
 from .prompts import Request, Route
+from .streams import Stream
 
 
 @dataclass(slots=True)
 class Turn:
-    """What is known about one request so far; ends as its log line."""
+    """What is known about one request so far; ends as its log line.
+
+    ``stream``: of a request whose stream may go on elsewhere if it breaks."""
 
     route: Route
     client: Client
@@ -25,6 +29,8 @@ class Turn:
     live: Live
     started: float
     prompt_tokens: int = 0
+    prompt_ids: Sequence[int] = ()
+    stream: Stream | None = None
     verdict: Verdict = field(default_factory=lambda: Verdict(""))
     first_byte_s: float | None = None
     failed: set[InstanceId] = field(default_factory=set)

@@ -122,7 +122,10 @@ class Machine:
     _lines: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        await self.listen()
+
+    async def listen(self, port: int = 0) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
         self.url = f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
@@ -140,6 +143,9 @@ class Machine:
             while len(self.to(path)) < count:  # noqa: ASYNC110 - the other side is a socket
                 await asyncio.sleep(POLL_S)
         return self.to(path)
+
+    def stats(self) -> object:
+        return {"event_seq": -1, "instance": {}, "ranks": [{}]}
 
     def info(self) -> InstanceInfo:
         return InstanceInfo(
@@ -183,7 +189,7 @@ class Machine:
         if path == "/memserve/info":
             await line.answer(self.info())
         elif path == "/memserve/stats":
-            await line.answer({"event_seq": -1, "instance": {}, "ranks": [{}]})
+            await line.answer(self.stats())
         elif path == "/memserve/snapshot":
             await line.answer(encode_snapshot(self._snapshot()), kind="application/msgpack")
         elif path == "/memserve/fetch":
