@@ -53,7 +53,7 @@ DEFAULT_MAX_PAGES = 16_000_000
 
 # Tiers as bits: a page's tiers in one instance are one small integer.
 BITS = {Tier.HBM: 1, Tier.DRAM: 2}
-_HBM = BITS[Tier.HBM]
+_HBM, _DRAM = BITS[Tier.HBM], BITS[Tier.DRAM]
 _ALL_TIERS = sum(BITS.values())
 # SGLang leaves the medium out where there is only the device tier.
 MEDIUM_BITS: dict[str | None, int] = {None: _HBM} | {tier.value: BITS[tier] for tier in Tier}
@@ -123,22 +123,26 @@ class GlobalTree:
         """
         keys = keys if type(keys) is list else list(keys)
         found: dict[InstanceId, Match] = {}
-        alive: dict[InstanceId, int] = {}  # still matching -> its leading pages in HBM
+        # Still matching -> its leading pages in HBM, and in DRAM.
+        alive: dict[InstanceId, tuple[int, int]] = {}
         done = 0
         for start, end, holders in self._runs(keys):
             if start == 0:
-                alive = {instance: 0 for instance in holders}
+                alive = {instance: (0, 0) for instance in holders}
             elif not alive.keys() <= holders.keys():
                 for instance in [i for i in alive if i not in holders]:
-                    found[instance] = Match(start, alive.pop(instance))
+                    hbm, dram = alive.pop(instance)
+                    found[instance] = Match(start, hbm, start - dram)
             if not alive:
                 break
-            for instance, hbm in alive.items():
-                if hbm == start and holders[instance] & _HBM:
-                    alive[instance] = end
+            for instance, (hbm, dram) in alive.items():
+                tiers = holders[instance]
+                hbm = end if hbm == start and tiers & _HBM else hbm
+                dram = end if dram == start and tiers & _DRAM else dram
+                alive[instance] = (hbm, dram)
             done = end
-        for instance, hbm in alive.items():
-            found[instance] = Match(done, hbm)
+        for instance, (hbm, dram) in alive.items():
+            found[instance] = Match(done, hbm, done - dram)
         return found
 
     def apply(self, instance: InstanceId, event: Event) -> None:

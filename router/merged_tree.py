@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from sglang_memserve.kernels import native
+from sglang_memserve.kernels import RadixTreeCore, native
 from sglang_memserve.protocol.events import Event
 from sglang_memserve.types import InstanceId, ShortKey, Tier
 
 from .global_tree import DEFAULT_MAX_PAGES, GlobalTree, NodeView, TreeStats
 from .native_tree import NativeTree
 from .values import Match
+
+log = logging.getLogger(__name__)
 
 
 class MergedTree(Protocol):
@@ -38,7 +41,17 @@ class MergedTree(Protocol):
 
 def merged_tree(max_pages: int = DEFAULT_MAX_PAGES) -> MergedTree:
     """An empty tree of the faster kind that this machine has."""
+    core = native_core(max_pages)
+    return GlobalTree(max_pages) if core is None else NativeTree(core, max_pages)
+
+
+def native_core(max_pages: int, position_limit: int = 1 << 30) -> RadixTreeCore | None:
+    """An empty native tree; None where there is none, or one built from older sources."""
     ops = native()
     if ops is None:
-        return GlobalTree(max_pages)
-    return NativeTree(ops.radix_tree(max_pages), max_pages)
+        return None
+    core = ops.radix_tree(max_pages, position_limit)
+    if not hasattr(core, "match_tiers"):
+        log.warning("the native radix tree is older than this router: build sgl-kernel-ext again")
+        return None
+    return core

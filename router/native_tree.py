@@ -40,7 +40,10 @@ class NativeTree:
     def match(self, keys: Sequence[ShortKey]) -> dict[InstanceId, Match]:
         """As ``GlobalTree.match``."""
         names = self._names
-        return {names[who]: _match(pages, hbm) for who, pages, hbm in self._core.match(keys)}
+        return {
+            names[who]: _match(pages, hbm, pages - dram)
+            for who, pages, hbm, dram in self._core.match_tiers(keys)
+        }
 
     def apply(self, instance: InstanceId, event: Event) -> None:
         """As ``GlobalTree.apply``; a page key beyond 64 bits is a ProtocolError too."""

@@ -159,8 +159,10 @@ def _load(view: InstanceView) -> int:
 def _union(keyed: Keyed, by_chain: Iterable[Mapping[InstanceId, Match]], who: InstanceId) -> Match:
     pages: set[PageKey] = set()
     hbm: set[PageKey] = set()
+    movable: set[PageKey] = set()
     for chain, matches in zip(keyed.chains, by_chain, strict=True):
         match = matches.get(who, _NOTHING)
         pages.update(chain.keys[: match.pages])
         hbm.update(chain.keys[: match.hbm_pages])
-    return Match(len(pages), len(hbm))
+        movable.update(chain.keys[: match.movable_pages])
+    return Match(len(pages), len(hbm), len(pages) - len(movable))

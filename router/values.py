@@ -10,10 +10,15 @@ from sglang_memserve.types import Generation, InstanceId, Role
 @dataclass(frozen=True, slots=True)
 class Match:
     """Leading pages of a prompt that an instance holds: ``pages`` in any tier, of which the first
-    ``hbm_pages`` are in HBM."""
+    ``hbm_pages`` are in HBM. Others can fetch what is in DRAM: all but the last ``local_pages``."""
 
     pages: int
     hbm_pages: int = 0
+    local_pages: int = 0
+
+    @property
+    def movable_pages(self) -> int:
+        return self.pages - self.local_pages
 
 
 @dataclass(frozen=True, slots=True)

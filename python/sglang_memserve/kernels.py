@@ -27,8 +27,8 @@ class RadixTreeCore(Protocol):
     """The native radix tree. Instances are numbers; tiers are bits, 1 for HBM and 2 for DRAM. Page
     keys are signed 64-bit integers; others raise ValueError. One thread's at a time."""
 
-    def match(self, keys: Sequence[int]) -> list[tuple[int, int, int]]:
-        """(instance, leading pages, of them in HBM) for each that holds the first page."""
+    def match_tiers(self, keys: Sequence[int]) -> list[tuple[int, int, int, int]]:
+        """(instance, leading pages in any tier, in HBM, in DRAM) for each with the first page."""
 
     def store(self, instance: int, keys: Sequence[int], parent: int | None, tier: int) -> int:
         """0 when done; else why not, and nothing is changed: 1 a page is named twice, 2 the parent

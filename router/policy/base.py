@@ -69,6 +69,18 @@ def cached_pages(prompt: Prompt, view: InstanceView) -> int:
     return min(view.match.pages, usable_pages(prompt))
 
 
+def movable_pages(prompt: Prompt, view: InstanceView) -> int:
+    """Of ``cached_pages``, those that another instance can fetch."""
+    return min(view.match.movable_pages, usable_pages(prompt))
+
+
+def can_hand_over(prompt: Prompt, prefill: InstanceView, decode: InstanceView) -> bool:
+    """Whether ``decode`` can fetch all that ``prefill`` will have. Pages that are in HBM alone are
+    not computed again, so they do not become fetchable by a prefill."""
+    held = cached_pages(prompt, prefill)
+    return movable_pages(prompt, prefill) == held or cached_pages(prompt, decode) >= held
+
+
 def uncached_tokens(prompt: Prompt, view: InstanceView) -> int:
     return prompt.tokens - cached_pages(prompt, view) * prompt.page_size
 
@@ -103,8 +115,8 @@ def best_source(
     if not target.can_fetch:
         return None
     holders = [view for view in views if view.can_fetch and view.id != target.id]
-    best = max(holders, key=lambda view: cached_pages(prompt, view), default=None)
-    if best is None or cached_pages(prompt, best) <= cached_pages(prompt, target):
+    best = max(holders, key=lambda view: movable_pages(prompt, view), default=None)
+    if best is None or movable_pages(prompt, best) <= cached_pages(prompt, target):
         return None
     return best
 
@@ -125,9 +137,10 @@ def complete(
     """
     limit = DEFAULT_BYPASS_TOKENS if bypass_tokens is None else bypass_tokens
     source = best_source(prompt, decode, views)
-    held = cached_pages(prompt, source or decode)
+    held = cached_pages(prompt, decode) if source is None else movable_pages(prompt, source)
     rest = prompt.tokens - held * prompt.page_size
     others = [v for v in views if v.role.can_prefill and v.can_fetch and v.id != decode.id]
+    others = [view for view in others if can_hand_over(prompt, view, decode)]
     whole_pages_left = usable_pages(prompt) > held
     short = rest <= limit or not whole_pages_left
     if short or decode.role.can_prefill or not others or not decode.can_fetch:
@@ -137,7 +150,7 @@ def complete(
         return Plan(decode.id, decode_source=moved_from, held_pages=held, reason=reason)
     prefill = choose_prefill(others)
     source = best_source(prompt, prefill, views)
-    held = cached_pages(prompt, source or prefill)
+    held = cached_pages(prompt, prefill) if source is None else movable_pages(prompt, source)
     rest = prompt.tokens - held * prompt.page_size
     moved = "" if source is None else f", pages from {source.id}"
     reason = f"{why}: {prefill.id} computes {rest} tokens{moved}, {decode.id} decodes"

@@ -35,7 +35,15 @@ from sglang_memserve.types import InstanceId
 
 from ..cost import CostModel
 from ..values import InstanceView, Plan, Prompt
-from .base import Rotation, cached_pages, decode_candidates, load_of, rotated, usable_pages
+from .base import (
+    Rotation,
+    cached_pages,
+    can_hand_over,
+    decode_candidates,
+    load_of,
+    rotated,
+    usable_pages,
+)
 
 # A second for which one stream stands still, in seconds of time to first token.
 STREAM_DELAY_WEIGHT = 0.25
@@ -137,16 +145,20 @@ class Cost:
         prefills = [sites[view.id] for view in prefilling]
         for prefill in _shortlist(prefills, self._prefill_s):
             for decode in _shortlist(relayed, _least_decode_s):
-                if decode.site.view.id != prefill.view.id:
+                if decode.site.view.id == prefill.view.id:
+                    continue
+                if can_hand_over(prompt, prefill.view, decode.site.view):
                     options.append(self._via(prompt, prefill, decode))
-        return options
+        return options or [self._bypass(decode) for decode in decodes]
 
     # -- the parts --
 
     def _sources(self, prompt: Prompt, views: Sequence[InstanceView]) -> list[InstanceView]:
         """Those worth fetching from: the longest prefixes, equals in turn."""
         holders = [
-            view for view in views if view.can_fetch and (view.match.pages or view.coming_pages)
+            view
+            for view in views
+            if view.can_fetch and (view.match.movable_pages or view.coming_pages)
         ]
         if len(holders) <= SOURCES:
             return holders
@@ -155,7 +167,7 @@ class Cost:
             SOURCES,
             rotated(holders, self.rotation.turn),
             key=lambda view: (
-                -min(max(view.match.pages, view.coming_pages), whole),
+                -min(max(view.match.movable_pages, view.coming_pages), whole),
                 view.coming_s if view.coming_pages else 0.0,
             ),
         )
@@ -185,7 +197,7 @@ class Cost:
             if source.id == view.id:
                 continue
             for pages, wait_s in (
-                (source.match.pages, 0.0),
+                (source.match.movable_pages, 0.0),
                 (source.coming_pages, max(source.coming_s, LEAST_WAIT_S)),
             ):
                 pages = min(pages, whole)

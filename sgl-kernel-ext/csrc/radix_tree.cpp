@@ -40,30 +40,35 @@ void each_bit(std::uint64_t bits, std::size_t word, Report report) {
     }
 }
 
-// Instances by word: those that hold every page so far, and those that do in HBM.
+// Instances by word: those that hold every page so far, and those that do in one tier.
 struct Alive {
-    std::vector<std::uint64_t> any, hbm;
+    std::vector<std::uint64_t> any, hbm, dram;
 
     void begin(const HolderWords &words) {
         any.resize(words.size() / 2);
         hbm.resize(words.size() / 2);
+        dram.resize(words.size() / 2);
         for (std::size_t word = 0; word < any.size(); ++word) {
             hbm[word] = words[2 * word];
-            any[word] = words[2 * word] | words[2 * word + 1];
+            dram[word] = words[2 * word + 1];
+            any[word] = hbm[word] | dram[word];
         }
     }
 
     // Leaves the instances that `words` has too; reports the others, and whether any is left.
-    template <typename Report, typename ReportHbm>
-    bool keep(const HolderWords &words, Report gone, ReportHbm gone_hbm) {
+    template <typename Report, typename ReportHbm, typename ReportDram>
+    bool keep(const HolderWords &words, Report gone, ReportHbm gone_hbm, ReportDram gone_dram) {
         std::uint64_t left = 0;
         for (std::size_t word = 0; word < any.size(); ++word) {
             const bool there = 2 * word < words.size();
             const std::uint64_t in_hbm = there ? words[2 * word] : 0;
-            const std::uint64_t in_any = there ? in_hbm | words[2 * word + 1] : 0;
+            const std::uint64_t in_dram = there ? words[2 * word + 1] : 0;
+            const std::uint64_t in_any = in_hbm | in_dram;
             each_bit(hbm[word] & ~in_hbm, word, gone_hbm);
+            each_bit(dram[word] & ~in_dram, word, gone_dram);
             each_bit(any[word] & ~in_any, word, gone);
             hbm[word] &= in_hbm;
+            dram[word] &= in_dram;
             any[word] &= in_any;
             left |= any[word];
         }
@@ -83,16 +88,18 @@ void RadixTree::match(const PageKey *keys, std::size_t count, std::vector<Match>
     std::size_t start = 0;
     const auto gone = [&](std::size_t instance) { scratch_[instance].pages = start; };
     const auto gone_hbm = [&](std::size_t instance) { scratch_[instance].hbm_pages = start; };
+    const auto gone_dram = [&](std::size_t instance) { scratch_[instance].dram_pages = start; };
     for (std::size_t word = 0; word < alive.any.size(); ++word) {
         each_bit(alive.any[word], word, gone);
         each_bit(alive.any[word], word, gone_hbm);
+        each_bit(alive.any[word], word, gone_dram);
     }
     const Alive all = alive;
     HoldersId holders = first_holders;
     while (entry != nullptr) {
         const Node &node = nodes_[entry->node];
         if (node.holders != holders &&
-            !alive.keep(sets_[node.holders].words, gone, gone_hbm)) {
+            !alive.keep(sets_[node.holders].words, gone, gone_hbm, gone_dram)) {
             break;
         }
         holders = node.holders;
@@ -101,11 +108,12 @@ void RadixTree::match(const PageKey *keys, std::size_t count, std::vector<Match>
                         std::min(node.keys.size() - index, count - start));
         entry = start < count ? where_.find(keys[start]) : nullptr;
     }
-    alive.keep({}, gone, gone_hbm);
+    alive.keep({}, gone, gone_hbm, gone_dram);
     for (std::size_t word = 0; word < all.any.size(); ++word) {
         each_bit(all.any[word], word, [&](std::size_t instance) {
             const Match &one = scratch_[instance];
-            found.push_back({static_cast<std::uint32_t>(instance), one.pages, one.hbm_pages});
+            found.push_back({static_cast<std::uint32_t>(instance), one.pages, one.hbm_pages,
+                             one.dram_pages});
         });
     }
 }

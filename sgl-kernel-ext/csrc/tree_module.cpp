@@ -60,13 +60,13 @@ RadixTree *made(std::int64_t max_pages, std::int32_t position_limit) {
     return new RadixTree(static_cast<std::size_t>(max_pages), position_limit);
 }
 
-nb::list match(RadixTree &tree, nb::handle keys) {
+nb::list match_tiers(RadixTree &tree, nb::handle keys) {
     const std::vector<PageKey> prompt = page_keys_of(keys);
     std::vector<RadixTree::Match> found;
     tree.match(prompt.data(), prompt.size(), found);
     nb::list result;
     for (const RadixTree::Match &one : found) {
-        result.append(nb::make_tuple(one.instance, one.pages, one.hbm_pages));
+        result.append(nb::make_tuple(one.instance, one.pages, one.hbm_pages, one.dram_pages));
     }
     return result;
 }
@@ -119,7 +119,7 @@ nb::tuple counts(const RadixTree &tree, std::int64_t instance) {
 void bind_radix_tree(nb::module_ &module) {
     nb::class_<RadixTree>(module, "RadixTree")
         .def(nb::new_(&made), "max_pages"_a, "position_limit"_a = 1 << 30)
-        .def("match", &match, "keys"_a.none())
+        .def("match_tiers", &match_tiers, "keys"_a.none())
         .def("store", &store_chain, "instance"_a, "keys"_a.none(), "parent"_a.none(), "tier"_a)
         .def("remove", &remove_pages, "instance"_a, "keys"_a.none(), "tier"_a)
         .def("clear",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from contract.trees import TREES, MakeTree
 from sglang_memserve.errors import LimitExceeded, ProtocolError
@@ -42,8 +44,8 @@ def test_leading_pages_are_counted_by_tier(make: MakeTree) -> None:
     tree.apply(A, stored([1, 2, 3, 4]))
     tree.apply(A, stored([1, 2], medium=HBM))
     tree.apply(B, stored([1, 2, 3], medium=HBM))
-    assert tree.match(keys(1, 2, 3, 4, 5)) == {A: Match(4, 2), B: Match(3, 3)}
-    assert tree.match(keys(2, 3)) == {A: Match(2, 1), B: Match(2, 2)}
+    assert tree.match(keys(1, 2, 3, 4, 5)) == {A: Match(4, 2), B: Match(3, 3, 3)}
+    assert tree.match(keys(2, 3)) == {A: Match(2, 1), B: Match(2, 2, 2)}
 
 
 def test_a_chain_with_equal_holders_is_one_node(make: MakeTree) -> None:
@@ -81,6 +83,19 @@ def test_a_chain_may_come_before_its_parent(make: MakeTree) -> None:
     assert sorted(view.keys for view in tree.nodes()) == [(1,), (2, 3, 4), (5,)]
 
 
+def test_what_others_can_fetch_ends_at_the_first_page_that_is_in_hbm_alone(make: MakeTree) -> None:
+    tree = make()
+    tree.apply(A, stored([1, 2, 3, 4], medium=HBM))
+    tree.apply(A, stored([1, 2]))
+    tree.apply(A, stored([4, 5], 3))
+    match = tree.match(keys(1, 2, 3, 4, 5))[A]
+    assert match == Match(5, 4, 3) and match.movable_pages == 2
+    tree.apply(A, stored([3], 2))
+    assert tree.match(keys(1, 2, 3, 4, 5)) == {A: Match(5, 4, 0)}
+    tree.apply(A, BlockRemoved([1], DRAM))
+    assert tree.match(keys(1, 2, 3, 4, 5)) == {A: Match(5, 4, 5)}
+
+
 def test_a_page_leaves_with_its_last_tier(make: MakeTree) -> None:
     tree = make()
     tree.apply(A, stored([1, 2]))
@@ -97,7 +112,7 @@ def test_a_missing_medium_is_the_device_and_unknown_media_are_ignored(make: Make
     tree.apply(A, stored([1], medium=None))
     tree.apply(A, stored([2], 1, medium="DISK"))
     tree.apply(A, BlockRemoved([1], "DISK"))
-    assert tree.match(keys(1, 2)) == {A: Match(1, 1)}
+    assert tree.match(keys(1, 2)) == {A: Match(1, 1, 1)}
     assert tree.stats().ignored_events == 2
     tree.apply(A, BlockRemoved([1]))
     assert tree.stats().pages == 0
@@ -188,7 +203,7 @@ def test_more_instances_than_bits_in_a_word(make: MakeTree) -> None:
     for number, host in enumerate(hosts):
         tree.apply(host, stored(list(range(1 + number % 7)), medium=HBM if number % 2 else DRAM))
     expected = {
-        host: Match(1 + number % 7, 1 + number % 7 if number % 2 else 0)
+        host: Match(1 + number % 7, *(2 * [1 + number % 7] if number % 2 else []))
         for number, host in enumerate(hosts)
     }
     assert tree.match(keys(*range(7))) == expected
@@ -201,7 +216,7 @@ def test_more_instances_than_bits_in_a_word(make: MakeTree) -> None:
     assert tree.match(keys(*range(7))) == expected
     newcomer = InstanceId("http://new:1")
     tree.apply(newcomer, stored([0], medium=HBM))
-    assert tree.match(keys(0))[newcomer] == Match(1, 1)
+    assert tree.match(keys(0))[newcomer] == Match(1, 1, 1)
     assert tree.holders(ShortKey(0))[newcomer] == frozenset({Tier.HBM})
     tree.check()
 
@@ -212,6 +227,15 @@ def test_the_router_runs_the_native_tree_where_there_is_one(
     assert isinstance(merged_tree.merged_tree(), NativeTree) == ("native" in TREES)
     monkeypatch.setattr(merged_tree, "native", lambda: None)
     assert isinstance(merged_tree.merged_tree(), GlobalTree)
+
+
+def test_native_code_of_older_sources_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    older = SimpleNamespace(radix_tree=lambda *_: object())
+    monkeypatch.setattr(merged_tree, "native", lambda: older)
+    assert isinstance(merged_tree.merged_tree(), GlobalTree)
+    assert "build sgl-kernel-ext again" in caplog.text
 
 
 def test_what_is_left_of_a_ring_still_matches(make: MakeTree) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sglang_memserve.kernels import native
 from sglang_memserve.router.global_tree import DEFAULT_MAX_PAGES, GlobalTree
-from sglang_memserve.router.merged_tree import MergedTree
+from sglang_memserve.router.merged_tree import MergedTree, native_core
 from sglang_memserve.router.native_tree import NativeTree
 
 MakeTree = Callable[..., MergedTree]
@@ -14,11 +13,11 @@ MakeTree = Callable[..., MergedTree]
 
 def native_tree(max_pages: int = DEFAULT_MAX_PAGES) -> NativeTree:
     """With positions that are numbered anew every few changes, as after years of them."""
-    ops = native()
-    assert ops is not None
-    return NativeTree(ops.radix_tree(max_pages, position_limit=7), max_pages)
+    core = native_core(max_pages, position_limit=7)
+    assert core is not None
+    return NativeTree(core, max_pages)
 
 
 TREES: dict[str, MakeTree] = {"python": GlobalTree}
-if native() is not None:
+if native_core(1) is not None:
     TREES["native"] = native_tree

@@ -29,13 +29,15 @@ class FlatTree:
     def match(self, keys: Sequence[ShortKey]) -> dict[InstanceId, Match]:
         found = {}
         for instance, held in self.held.items():
-            pages = hbm = 0
+            pages = hbm = dram = 0
             while pages < len(keys) and any((keys[pages], tier) in held for tier in Tier):
                 pages += 1
             while hbm < pages and (keys[hbm], Tier.HBM) in held:
                 hbm += 1
+            while dram < pages and (keys[dram], Tier.DRAM) in held:
+                dram += 1
             if pages:
-                found[instance] = Match(pages, hbm)
+                found[instance] = Match(pages, hbm, pages - dram)
         return found
 
     def pages(self, instance: InstanceId, tier: Tier) -> int:

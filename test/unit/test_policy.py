@@ -66,6 +66,25 @@ def test_pages_that_lie_on_another_instance_are_fetched(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
+def test_pages_in_hbm_alone_are_no_source(name: str) -> None:
+    """Whoever holds them neither gives them away nor computes them again for others."""
+    plan = decide(name, LONG, replace(P, match=Match(94, 94, 94)), D)
+    assert (plan.prefill, plan.prefill_source, plan.decode_source) == (None, None, None)
+    half = replace(P2, match=Match(50))
+    plan = decide(name, LONG, replace(P, match=Match(94, 94, 94)), half, D)
+    assert P.id not in (plan.prefill, plan.decode_source)
+    assert P2.id in (plan.prefill, plan.decode_source)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_pages_in_hbm_alone_do_not_matter_where_decode_has_them(name: str) -> None:
+    plan = decide(
+        name, LONG, replace(P, match=Match(30, 30, 30)), replace(D, match=Match(40)), bypass=0
+    )
+    assert (plan.prefill, plan.decode) == (P.id, D.id)
+
+
+@pytest.mark.parametrize("name", POLICIES)
 def test_the_next_turn_is_prefilled_from_what_decode_generated(name: str) -> None:
     plan = decide(name, LONG, P, replace(D, match=Match(40)), turn=0)
     assert (plan.prefill, plan.prefill_source) == (P.id, D.id)

@@ -40,6 +40,7 @@ class RadixTree {
         std::uint32_t instance;
         std::size_t pages;
         std::size_t hbm_pages;
+        std::size_t dram_pages;
     };
 
     struct Node {
@@ -58,7 +59,7 @@ class RadixTree {
     // Positions beyond `position_limit` are numbered anew; tests make it small.
     RadixTree(std::size_t max_pages, std::int32_t position_limit);
 
-    // Leading pages of `keys` that each instance holds, and how many of them are in HBM. Instances
+    // Leading pages of `keys` that each instance holds: in any tier, in HBM, in DRAM. Instances
     // without the first page are left out. Appends to `found`.
     void match(const PageKey *keys, std::size_t count, std::vector<Match> &found);
 
