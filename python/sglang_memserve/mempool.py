@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from .checksums import block_checksums
 from .config import DEFAULT_EVICTION
 from .errors import ConfigError, LimitExceeded, OutOfBlocks
-from .index.journal import rebuild, to_events
+from .index.journal import Record, rebuild, to_events
 from .memory.arena import SLAB_BYTES, Arena, Pinner
 from .memory.layout import BlockLayout
 from .memory.lease import PoolLease, PoolStore
@@ -207,8 +207,9 @@ class MemPool:
         return len(removed.keys)
 
     def clear(self) -> None:
-        """Drop every page at once. Leased blocks keep their bytes until their last lease ends;
-        stores under way end as usual but publish nothing."""
+        """The engine flushed its cache: drop every page at once, and hold every tier for empty.
+        Leased blocks keep their bytes until their last lease ends; stores under way end as usual
+        but publish nothing."""
         with self._lock:
             if self._ledger.closed:
                 return
@@ -284,15 +285,28 @@ class MemPool:
         with self._lock:
             batches = self._ledger.journal.drain()
         page_size = self.namespace.page_size
-        return [(batch.seq, to_events(batch.records, page_size, Tier.DRAM)) for batch in batches]
+        return [(batch.seq, to_events(batch.records, page_size)) for batch in batches]
 
     def snapshot(self) -> Snapshot:
-        """All pages, as the events that rebuild them, true right after batch ``seq``."""
+        """All pages of all tiers, as the events that rebuild them, true right after ``seq``."""
         with self._lock:
             keys, parents = self._ledger.index.pages()
+            device = self._ledger.device.pages()
             seq = self._ledger.journal.last_seq
-        events = to_events(rebuild(keys, parents), self.namespace.page_size, Tier.DRAM)
-        return Snapshot(self.generation, seq, events)
+        records = [*rebuild(keys, parents), *device]
+        return Snapshot(self.generation, seq, to_events(records, self.namespace.page_size))
+
+    @property
+    def device_pages(self) -> int:
+        """Pages in the engine's own pool, as told by ``apply_device``."""
+        return len(self._ledger.device)
+
+    def apply_device(self, changes: Sequence[Record]) -> None:
+        """What became of the pages in the engine's own pool, for the events: MemPool neither owns
+        nor reads them. One batch, of what was not known yet."""
+        with self._lock:
+            wrote = not self._ledger.closed and self._ledger.apply_device(changes)
+        self._notify(wrote=wrote, published=False)
 
     # -- size --
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from integration.harness import (
 )
 from sglang_memserve.hashing import namespace_seed, page_keys
 from sglang_memserve.protocol.events import BlockStored, decode_snapshot
+from sglang_memserve.types import Tier
 
 pytestmark = pytest.mark.integration
 
@@ -65,17 +67,38 @@ def fetch(holder: Server, receiver: Server, ids: list[int], seed: bytes | None =
     return result
 
 
-def readable(server: Server, ids: list[int], seed: bytes | None = None) -> int:
-    """Leading pages of ``ids`` in the server's MemPool."""
+def snapshot(server: Server) -> dict[Tier, set[int]]:
+    """Pages that the server says it holds."""
     response = requests.get(f"{server.url}/memserve/snapshot", timeout=10)
     response.raise_for_status()
-    held = {
-        key
-        for event in decode_snapshot(response.content).events
-        if isinstance(event, BlockStored)
-        for key in event.block_hashes
-    }
-    keys = [int.from_bytes(k[:8], "big", signed=True) for k in page_keys(ids, PAGE, seed)]
+    held: dict[Tier, set[int]] = {tier: set() for tier in Tier}
+    for event in decode_snapshot(response.content).events:
+        assert isinstance(event, BlockStored)
+        held[Tier(event.medium)].update(event.block_hashes)
+    return held
+
+
+def believed(cluster: RunningCluster, server: Server) -> dict[Tier, set[int]]:
+    """Pages that the router's tree has the server hold."""
+    response = requests.get(f"{cluster.url}/memserve/tree", timeout=10)
+    response.raise_for_status()
+    tree = response.json()
+    assert not tree["truncated"]
+    known: dict[Tier, set[int]] = {tier: set() for tier in Tier}
+    for node in tree["nodes"]:
+        for tier in node["holders"].get(server.url, ()):
+            known[Tier[tier.upper()]].update(map(int, node["keys"]))
+    return known
+
+
+def short_keys(ids: list[int], seed: bytes | None = None) -> list[int]:
+    return [int.from_bytes(key[:8], "big", signed=True) for key in page_keys(ids, PAGE, seed)]
+
+
+def readable(server: Server, ids: list[int], seed: bytes | None = None) -> int:
+    """Leading pages of ``ids`` in the server's MemPool."""
+    held = snapshot(server)[Tier.DRAM]
+    keys = short_keys(ids, seed)
     return next((index for index, key in enumerate(keys) if key not in held), len(keys))
 
 
@@ -221,26 +244,33 @@ def test_salt_separates_chats(cluster: RunningCluster) -> None:
 
 
 def test_tree_equals_what_instances_hold(cluster: RunningCluster, prompt: list[int]) -> None:
-    """After quiet the global tree is the union of the instances' snapshots."""
-    generate(cluster.url, prompt, 40)
-
-    def held(server: Server) -> set[int]:
-        response = requests.get(f"{server.url}/memserve/snapshot", timeout=10)
-        events = decode_snapshot(response.content).events
-        return {
-            key for event in events if isinstance(event, BlockStored) for key in event.block_hashes
-        }
-
-    def known(server: Server) -> set[int]:
-        response = requests.get(f"{cluster.url}/memserve/tree", timeout=10)
-        response.raise_for_status()
-        tree = response.json()
-        assert not tree["truncated"]
-        nodes = [node for node in tree["nodes"] if server.url in node["holders"]]
-        return {int(key) for node in nodes for key in node["keys"]}
+    """After quiet the global tree is the union of the instances' snapshots, tier by tier, whatever
+    came before: requests of several tenants at once, pages that left HBM alone."""
+    prompts = [prompt[:200] + tokens(f"load {number}", 150 + 30 * number) for number in range(8)]
+    salts: list[dict[str, str]] = [{}, {"cache_salt": "tree"}]
+    with ThreadPoolExecutor(6) as pool:
+        answers = [
+            pool.submit(generate, cluster.url, ids, 12, **salts[number % 2])
+            for number, ids in enumerate(prompts)
+        ]
+        for answer in answers:
+            answer.result(REQUEST_LIMIT_S)
+    decode = cluster.one("decode")
+    body = {"input_ids": prompts[0], "deadline_s": 10.0}
+    moved = requests.post(f"{decode.url}/memserve/swap_out", json=body, timeout=REQUEST_LIMIT_S)
+    assert moved.status_code == 200 and moved.json()["moved_pages"] > 0, moved.text
 
     def agree(server: Server) -> bool:
-        return bool(held(server)) and held(server) == known(server)
+        return snapshot(server) == believed(cluster, server)
 
     for server in cluster.instances:
         wait_until(partial(agree, server), 15, f"tree agrees with {server.name}")
+        assert all(snapshot(server).values()), f"{server.name} holds nothing in some tier"
+        assert stats(server)["device_watch_lost_total"] == 0
+    # The pages that other prompts share stay.
+    gone = set(short_keys(prompts[0])[moved.json()["hbm_pages"] :])
+    assert not gone & snapshot(decode)[Tier.HBM], "what left HBM is told of"
+    assert gone <= snapshot(decode)[Tier.DRAM]
+    tenant = namespace_seed(None, "tree")
+    in_hbm = set().union(*(snapshot(server)[Tier.HBM] for server in cluster.instances))
+    assert set(short_keys(prompts[1], tenant)) <= in_hbm, "a tenant's keys are page keys"

@@ -7,6 +7,7 @@ is told to fetch, the other is not.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ from integration.harness import (
 from sglang_memserve.hashing import page_keys
 from sglang_memserve.protocol import control
 from sglang_memserve.protocol.events import BlockStored, decode_snapshot
+from sglang_memserve.types import Tier
 
 pytestmark = pytest.mark.integration
 
@@ -93,34 +95,36 @@ def shorts(prompt: list[int]) -> set[int]:
     return {int.from_bytes(key[:8], "big", signed=True) for key in page_keys(prompt, PAGE)}
 
 
-def held(server: Server) -> set[int]:
+def held(server: Server, tier: Tier = Tier.DRAM) -> set[int]:
     """Pages that every rank of the server holds."""
     response = requests.get(f"{server.url}/memserve/snapshot", timeout=10)
     response.raise_for_status()
     return {
         key
         for event in decode_snapshot(response.content).events
-        if isinstance(event, BlockStored)
+        if isinstance(event, BlockStored) and Tier(event.medium) is tier
         for key in event.block_hashes
     }
 
 
-def believed(cluster: RunningCluster, server: Server) -> set[int]:
+def believed(cluster: RunningCluster, server: Server, tier: Tier = Tier.DRAM) -> set[int]:
     """Pages that the router's merged tree says the server holds."""
     response = requests.get(f"{cluster.url}/memserve/tree", timeout=10)
     response.raise_for_status()
     return {
         int(key)
         for node in response.json()["nodes"]
-        if server.url in node["holders"]
+        if tier.name.lower() in node["holders"].get(server.url, ())
         for key in node["keys"]
     }
 
 
 def router_agrees(cluster: RunningCluster) -> None:
-    for server in cluster.instances:
+    for server, tier in itertools.product(cluster.instances, Tier):
         wait_until(
-            lambda server=server: believed(cluster, server) == held(server),  # type: ignore[misc]
+            lambda server=server, tier=tier: (  # type: ignore[misc]
+                believed(cluster, server, tier) == held(server, tier)
+            ),
             LIMIT_S,
             f"the router's tree agrees with {server.name}",
         )

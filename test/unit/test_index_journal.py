@@ -67,14 +67,18 @@ def test_events_are_those_of_sglang() -> None:
         Dropped([key(2)]),
         Cleared(),
         Stored([key(3)], None),
+        Stored([key(4)], None, Tier.HBM),
+        Dropped([key(4)], Tier.HBM),
     ]
-    events = to_events(records, 16, Tier.DRAM)
-    one, two, three = (short_key(key(number)) for number in (1, 2, 3))
+    events = to_events(records, 16)
+    one, two, three, four = (short_key(key(number)) for number in (1, 2, 3, 4))
     assert events == [
         BlockStored([one, two], short_key(key(0)), [], 16, medium="CPU_PINNED"),
         BlockRemoved([two], medium="CPU_PINNED"),
         AllBlocksCleared(),
         BlockStored([three], None, [], 16, medium="CPU_PINNED"),
+        BlockStored([four], None, [], 16, medium="GPU"),
+        BlockRemoved([four], medium="GPU"),
     ]
     assert decode_frames(encode_frames(7, EventBatch(0.5, events))) == (7, EventBatch(0.5, events))
 

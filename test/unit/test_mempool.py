@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from sglang_memserve.errors import ConfigError, LimitExceeded, OutOfBlocks
 from sglang_memserve.hashing import short_key
+from sglang_memserve.index.journal import Dropped, Stored
 from sglang_memserve.mempool import MAX_SUBSCRIBERS, MemPool
 from sglang_memserve.protocol.events import (
+    AllBlocksCleared,
     BlockRemoved,
     BlockStored,
     Event,
@@ -234,6 +236,28 @@ def test_events_tell_the_story(pool: MemPool) -> None:
     assert snapshot.seq == 2 and snapshot.generation == "g"
     assert snapshot.events == [BlockStored([*a, b[0]], None, [], 4, medium=medium)]
     assert decode_snapshot(encode_snapshot(snapshot)) == snapshot
+
+
+def test_both_tiers_are_in_one_stream_and_one_snapshot(pool: MemPool) -> None:
+    keys = chain("a", 3)
+    a: list[int] = [short_key(key) for key in keys]
+    fill(pool, keys[:2])
+    pool.apply_device([Stored(keys, None, Tier.HBM), Dropped(keys[2:], Tier.HBM)])
+    pool.apply_device([Stored(keys[:2], None, Tier.HBM), Dropped([keys[2]], Tier.HBM)])
+    pool.delete(keys[1:])
+    assert pool.drain_events() == [
+        (0, [BlockStored(a[:2], None, [], 4, medium="CPU_PINNED")]),
+        (1, [BlockStored(a, None, [], 4, medium="GPU"), BlockRemoved(a[2:], medium="GPU")]),
+        (2, [BlockRemoved([a[1]], medium="CPU_PINNED")]),
+    ]
+    assert pool.device_pages == pool.stats()["device_pages"] == 2
+    assert pool.snapshot().events == [
+        BlockStored(a[:1], None, [], 4, medium="CPU_PINNED"),
+        BlockStored(a[:2], None, [], 4, medium="GPU"),
+    ]
+    pool.clear()
+    assert pool.drain_events() == [(3, [AllBlocksCleared()])]
+    assert pool.snapshot().events == [] and pool.device_pages == 0
 
 
 def test_one_batch_for_a_round_of_evictions(pool: MemPool) -> None:

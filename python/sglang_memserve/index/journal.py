@@ -25,15 +25,19 @@ class Stored:
 
     keys: Sequence[PageKey]
     parent: PageKey | None
+    tier: Tier = Tier.DRAM
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
     keys: Sequence[PageKey]
+    tier: Tier = Tier.DRAM
 
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
+    """Every tier is empty."""
+
     keys: tuple[()] = ()
 
 
@@ -100,23 +104,25 @@ class Journal:
         assert numbers == list(range(self._next - len(numbers), self._next)), numbers
 
 
-def to_events(records: Iterable[Record], page_size: int, tier: Tier) -> list[Event]:
+def to_events(records: Iterable[Record], page_size: int) -> list[Event]:
     """SGLang's own KV events for ``records``."""
     events: list[Event] = []
     for record in records:
         hashes: list[int] = [short_key(key) for key in record.keys]
         match record:
-            case Stored(parent=parent):
+            case Stored(parent=parent, tier=tier):
                 above = None if parent is None else short_key(parent)
                 events.append(BlockStored(hashes, above, [], page_size, medium=tier.value))
-            case Dropped():
+            case Dropped(tier=tier):
                 events.append(BlockRemoved(hashes, medium=tier.value))
             case Cleared():
                 events.append(AllBlocksCleared())
     return events
 
 
-def rebuild(keys: Sequence[PageKey], parents: Sequence[PageKey | None]) -> list[Stored]:
-    """Records that lead from an empty index to one that holds ``keys[i]`` under ``parents[i]``,
-    parents before children."""
-    return [Stored(chain, parent) for chain, parent in chains(keys, parents)]
+def rebuild(
+    keys: Sequence[PageKey], parents: Sequence[PageKey | None], tier: Tier = Tier.DRAM
+) -> list[Stored]:
+    """Records that lead from an empty index to one that holds ``keys[i]`` under ``parents[i]`` in
+    ``tier``, parents before children."""
+    return [Stored(chain, parent, tier) for chain, parent in chains(keys, parents)]

@@ -103,6 +103,7 @@ METHODS = (
     f"{_CACHE}.insert",
     f"{_CACHE}.match_prefix",
     f"{_CACHE}.path_device_indices",
+    f"{_CACHE}.protected_size",
     f"{_CORE}.collect_full_device_indices",
     f"{_CORE}.collect_path_info",
     f"{_CORE}.evict_device_end",

@@ -24,6 +24,7 @@ import logging
 import queue
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ from . import hooks, linker_hooks, scheduler_hooks
 from .agreement import Agreement
 from .copies import Copy, CopyThread, StoreJob
 from .device_tree import DeviceTree
+from .device_watch import DeviceWatch
 from .load_counter import BoundedLoadCounter
 from .node import RankNode, describe_device_pool
 from .scheduler_clock import SchedulerClock
@@ -116,8 +118,9 @@ class MemPoolLinker(UnifiedCacheLinker):
         )
         self._page_size = params.page_size
         self.ranks = Agreement.of(params)
-        self._node = RankNode.start(config, namespace, self.clock.stats)
+        self._node = RankNode.start(config, namespace, self._stats)
         self.pool: MemPool = self._node.pool
+        self.watch = DeviceWatch(self.pool, params.page_size)
         self.device = DevicePool(self.pool.layout, kv_pool.k_buffer, kv_pool.v_buffer)
         self.pool.pin_with(self.device)
         self._pins: dict[str, _Pin] = {}
@@ -247,6 +250,7 @@ class MemPoolLinker(UnifiedCacheLinker):
     def _offload(self, transfer: PoolTransfer) -> None:
         parent, self._offload_parent = self._offload_parent, None
         keys = _page_keys(transfer)
+        self.watch.joined(keys, parent)
         store = self.pool.prepare_store(keys, parent=parent)
         if not store.missing:
             # Everything is there already, or no block can be had: nothing to copy.
@@ -277,6 +281,7 @@ class MemPoolLinker(UnifiedCacheLinker):
             self.release_request(rid)
         self._offloads.clear()
         self.layer_done_counter.reset()
+        self.watch.reset()
         self.pool.clear()
 
     def close(self) -> None:
@@ -286,12 +291,26 @@ class MemPoolLinker(UnifiedCacheLinker):
         self.device.close()
         self._node.close()
 
+    # -- for the hooks on SGLang's tree --
+
+    def before_eviction(self, keys: Sequence[str]) -> None:
+        """A node of SGLang's tree is evicted, with these pages (called by ``linker_hooks``)."""
+        with self.clock.working():
+            self.watch.leaves(keys)
+
+    def after_round(self, tree_tokens: int) -> None:
+        with self.clock.working():
+            self.watch.settle(tree_tokens)
+
     # -- for the device verbs --
 
     def verb_ports(self, tree: DeviceTree) -> Ports:
         return Ports(tree, self.pool, self.device, self.copies, self.ranks, self.clock, linked=self)
 
     # -- helpers --
+
+    def _stats(self) -> dict[str, float]:
+        return {**self.clock.stats(), **self.watch.stats()}
 
     def _pages_of(self, transfer: PoolTransfer) -> torch.Tensor:
         assert transfer.device_indices is not None

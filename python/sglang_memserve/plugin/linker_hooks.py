@@ -1,7 +1,10 @@
-"""Two facts the linker needs that SGLang's linker interface does not pass on.
+"""What the linker needs to know that SGLang's linker interface does not pass on.
 
-Both are hooks before a method of ``UnifiedCacheLinkerWrapper``; neither changes what it does, and
-both leave foreign linkers alone.
+    UnifiedCacheLinkerWrapper._offload_node     before: the key above the node's first page
+    UnifiedCacheLinkerWrapper.release_request   before: a request that will not load
+    UnifiedRadixCache._evict_device_leaf        before: the pages that leave the device tree
+
+None changes what SGLang does, and all leave foreign linkers alone.
 """
 
 from __future__ import annotations
@@ -12,16 +15,18 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 _WRAPPER = "sglang.srt.mem_cache.unified_cache.unified_cache_linker.UnifiedCacheLinkerWrapper"
 
+_CACHE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+
 
 def register() -> None:
     """Called where a linker is built. Safe to call twice."""
-    for name, hook in (
-        ("_offload_node", _before_offload_node),
-        ("release_request", _before_release_request),
+    for target, hook, kind in (
+        (f"{_WRAPPER}._offload_node", _before_offload_node, HookType.BEFORE),
+        (f"{_WRAPPER}.release_request", _before_release_request, HookType.BEFORE),
+        (f"{_CACHE}._evict_device_leaf", _before_evict_leaf, HookType.BEFORE),
     ):
-        target = f"{_WRAPPER}.{name}"
         if not any(known is hook for _, known, _ in HookRegistry._hooks.get(target, [])):
-            HookRegistry.register(target, hook, HookType.BEFORE)
+            HookRegistry.register(target, hook, kind)
     HookRegistry.apply_hooks()
 
 
@@ -43,3 +48,10 @@ def _before_release_request(wrapper: Any, rid: str) -> None:
     if hasattr(linker, "release_request"):
         with linker.clock.working():
             linker.release_request(rid)
+
+
+def _before_evict_leaf(cache: Any, node_id: int, *_: Any) -> None:
+    """Its keys go with it."""
+    linker: Any = getattr(cache.linker, "cache_linker", None)
+    if hasattr(linker, "before_eviction"):
+        linker.before_eviction(cache.tree_core.get_hash_values(node_id))

@@ -1,4 +1,4 @@
-"""How the device verbs come to run on SGLang's scheduler thread.
+"""How the device verbs, and the watch over the device tree, run on SGLang's scheduler thread.
 
     init_request_dispatcher   after: our request type is handed to the verbs
     check_hicache_events      after: once a round, where SGLang itself looks after its cache
@@ -68,7 +68,7 @@ class SchedulerVerbs:
 
 
 def _after_dispatcher(_: None, scheduler: Any) -> None:
-    linker: Any = getattr(getattr(scheduler.tree_cache, "linker", None), "cache_linker", None)
+    linker = _linker(scheduler.tree_cache)
     if linker is None or not hasattr(linker, "verb_ports"):
         return
     ports: Ports = linker.verb_ports(DeviceTree(scheduler.tree_cache))
@@ -83,10 +83,18 @@ def _verbs(owner: Any) -> SchedulerVerbs | None:
     return verbs
 
 
+def _linker(cache: Any) -> Any:
+    return getattr(getattr(cache, "linker", None), "cache_linker", None)
+
+
 def _after_cache_events(_: None, cache: Any) -> None:
     verbs = _verbs(cache)
     if verbs is not None:
         verbs.advance()
+    # After the verbs, which change the tree too.
+    linker = _linker(cache)
+    if hasattr(linker, "after_round"):
+        linker.after_round(cache.evictable_size() + cache.protected_size())
 
 
 def _after_fully_idle(idle: bool, scheduler: Any, *_: Any, **__: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from ..index.device_pages import DevicePages
 from ..index.journal import Cleared, Dropped, Journal, Record, Stored
 from ..index.local_index import LocalIndex, Removed
 from ..memory.allocator import BlockAllocator
@@ -50,6 +51,7 @@ class Ledger:
         self.closed = False
         self.allocator = BlockAllocator(total_blocks)
         self.index = LocalIndex(total_blocks, eviction)
+        self.device = DevicePages()
         self.leases = LeaseTable(max_leases, max_lease_ttl_s)
         self.journal = Journal(journal_pages(total_blocks))
         self.checksums = ChecksumTable()
@@ -226,7 +228,17 @@ class Ledger:
         for store in self.stores:
             store.flushed = True
         self.filling.clear()
+        self.device.clear()
         self.journal.write((Cleared(),))
+
+    # -- the engine's own pool --
+
+    def apply_device(self, changes: Sequence[Record]) -> bool:
+        """Whether they changed anything, which is then one batch."""
+        made = self.device.apply(changes)
+        if made:
+            self.journal.write(made)
+        return bool(made)
 
     # -- leases --
 
@@ -272,6 +284,7 @@ class Ledger:
         self.closed = True
         self.leases.end_all()
         self.index.clear()
+        self.device.clear()
         self.filling.clear()
         self.stores.clear()
         self.unpublished.clear()
@@ -287,6 +300,7 @@ class Ledger:
             "ready_blocks": len(self.index),
             "orphan_blocks": self.index.orphan_blocks,
             "pinned_blocks": self.index.pinned_blocks,
+            "device_pages": len(self.device),
             "leases": len(self.leases),
             "stores": len(self.stores),
             "event_seq": self.journal.last_seq,
