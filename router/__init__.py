@@ -23,5 +23,7 @@ In dependency order:
 ``resumable`` ``streams`` ``interrupts``   streams that outlive their instance
 ``asgi`` ``turn`` ``prepare`` ``forward`` ``dispatch`` ``passthrough`` ``shortcut``   requests
 ``members`` ``control`` ``explain``   everything else
-``app`` ``__main__``   putting it together
+``app``            putting it together
+``place`` ``in_process`` ``merge`` ``siblings``   one of several processes, and the others
+``listening`` ``serving`` ``processes`` ``__main__``   a process; several of them
 """

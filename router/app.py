@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,16 @@ STATUS_OF: tuple[tuple[type[MemServeError], int], ...] = (
 
 @asynccontextmanager
 async def running(
-    config: RouterConfig, *, limits: Limits | None = None, steps: StepDeadlines | None = None
+    config: RouterConfig,
+    *,
+    limits: Limits | None = None,
+    steps: StepDeadlines | None = None,
+    around: Callable[[App], App] = lambda app: app,
 ) -> AsyncIterator[App]:
     """A router that works, as an ASGI application, until the block is left.
 
-    ``limits`` and ``steps`` override what ``config`` says, for tests mostly.
+    ``limits`` and ``steps`` override what ``config`` says, for tests mostly. ``around``:
+    what to put between the keys' guard and the rest (``siblings``).
     """
     limits = limits or Limits(max_body_bytes=config.max_body_bytes)
     steps = steps or StepDeadlines(
@@ -96,7 +101,8 @@ async def running(
         prefill_s=min(StepDeadlines().prefill_s, config.request_timeout_s),
     )
     async with AsyncExitStack() as stack:
-        yield await _assemble(config, limits, steps, stack)
+        app = await _assemble(config, limits, steps, stack)
+        yield with_cors(Guard(around(app), config.keys), config.cors_origins)
 
 
 async def _assemble(
@@ -183,8 +189,7 @@ async def _assemble(
         max_body_bytes=most,
     )
     app = _application(dispatcher, control, members, Aliases(instances, most), explain, rest)
-    guarded = Guard(Shortcut(app, inference, INFERENCE_METHODS), keys)
-    return with_cors(guarded, config.cors_origins)
+    return Shortcut(app, inference, INFERENCE_METHODS)
 
 
 def _application(

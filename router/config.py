@@ -20,6 +20,7 @@ from .flags import policy_name, translate
 from .policy.registry import POLICIES
 from .security import Keys, Tls
 
+MAX_PROCESSES = 64
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _LOG_LEVEL_SPELLINGS = {"warn": "warning"}
 
@@ -42,6 +43,7 @@ class RouterConfig:
 
     host: str = "127.0.0.1"
     port: int = 30000
+    processes: int = 1
     instances: tuple[StaticInstance, ...] = ()
     policy: str = "cost"
     bypass_tokens: int | None = None
@@ -65,6 +67,8 @@ class RouterConfig:
             raise ConfigError("--host must not be empty")
         if not 1 <= self.port <= 65535:
             raise ConfigError(f"--port must be in 1..65535, got {self.port}")
+        if not 1 <= self.processes <= MAX_PROCESSES:
+            raise ConfigError(f"--processes must be in 1..{MAX_PROCESSES}, got {self.processes}")
         if self.policy not in POLICIES:
             raise ConfigError(f"unknown policy {self.policy!r}: choose one of {_policy_names()}")
         if self.bypass_tokens is not None and self.bypass_tokens < 0:
@@ -126,6 +130,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
     return RouterConfig(
         host=args.host,
         port=args.port,
+        processes=args.processes,
         instances=tuple(instances),
         policy=policy_name(args.policy),
         bypass_tokens=args.bypass_tokens,
@@ -164,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="flags and their values in YAML; the command line wins")
     add("--host", default=defaults.host)
     add("--port", type=int, default=defaults.port)
+    add("--processes", type=int, default=defaults.processes, metavar="N", help="behind the port")
     where = parser.add_argument_group(
         "instances", "Instances started with --router-url register themselves."
     )

@@ -22,11 +22,11 @@ from sglang_memserve.hashing import namespace_seed, page_keys, short_key
 from sglang_memserve.protocol.events import BlockStored, Snapshot, encode_snapshot
 from sglang_memserve.protocol.handshake import layout_hash
 from sglang_memserve.protocol.http import FetchResult, InstanceInfo, RankInfo
-from sglang_memserve.router.__main__ import listen
 from sglang_memserve.router.app import running
 from sglang_memserve.router.config import RouterConfig, StaticInstance
 from sglang_memserve.router.connection import Bounds, bounded
 from sglang_memserve.router.limits import Limits, StepDeadlines
+from sglang_memserve.router.listening import listen
 from sglang_memserve.types import InstanceId, Namespace, Role
 
 PAGE = 4

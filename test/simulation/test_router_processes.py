@@ -1,0 +1,264 @@
+"""Several router processes behind one port, as real processes: they know and say the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+import msgspec
+import psutil
+import pytest
+from sglang_memserve.protocol.http import Heartbeat, Load, Registration
+from sglang_memserve.router.place import VARIABLE
+from sglang_memserve.types import Role
+from simulation.router_machines import Asked, Line, Machine, generated
+
+START_S = 60.0
+POLL_S = 0.05
+ENOUGH = 40  # fresh connections: that all of them meet the same of two processes is never seen
+BODY = {"input_ids": list(range(1, 10))}
+PROGRAM = """
+import logging, sys
+from sglang_memserve.router.config import parse_args
+from sglang_memserve.router.processes import Patience, supervise
+logging.basicConfig(level="INFO")
+patience = Patience(silent_s=6.0, least_backoff_s=0.1)
+sys.exit(supervise(parse_args(sys.argv[1:]), sys.argv[1:], patience))
+"""
+
+
+@dataclass
+class Routers:
+    """``http`` opens a connection for every request, so that any process may get it."""
+
+    url: str
+    http: aiohttp.ClientSession
+    process: subprocess.Popen[str]
+    pids: list[int]
+
+    async def ask(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        data = None if body is None else msgspec.json.encode(body)
+        async with self.http.request(method, self.url + path, data=data) as response:
+            text = await response.text()
+            is_json = response.content_type == "application/json"
+            return response.status, msgspec.json.decode(text) if is_json else text
+
+    async def workers(self) -> list[dict[str, Any]]:
+        status, body = await self.ask("GET", "/workers")
+        assert (status, body["processes"]) == (200, 2), body
+        found: list[dict[str, Any]] = body["workers"]
+        return found
+
+    async def everybody_knows(self, *urls: str) -> None:
+        for _ in range(ENOUGH):
+            assert [worker["url"] for worker in await self.workers()] == list(urls)
+
+    async def until_whole_again(self) -> None:
+        """Two processes answer again, after one has gone."""
+        async with asyncio.timeout(START_S):
+            while True:
+                try:
+                    status, body = await self.ask("GET", "/workers")
+                    if status == 200 and body["processes"] == 2:
+                        return
+                except aiohttp.ClientError:
+                    pass
+                await asyncio.sleep(POLL_S)
+
+    async def served(self) -> dict[str, float]:
+        """Answers of ``/generate`` by process, as the metrics have it."""
+        _, text = await self.ask("GET", "/metrics")
+        lines = re.findall(r"^memserve_requests_total\{(.*)\} (\S+)$", text, re.MULTILINE)
+        labels = [(dict(re.findall(r'(\w+)="([^"]*)"', found)), value) for found, value in lines]
+        return {one["process"]: float(value) for one, value in labels if one["code"] == "200"}
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+@asynccontextmanager
+async def two_processes(*arguments: str) -> AsyncIterator[Routers]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process = start("--port", str(port), "--processes", "2", "--expire-s", "600", *arguments)
+    drained: list[asyncio.Task[str]] = []
+    try:
+        assert process.stdout is not None and process.stderr is not None
+        line = await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), START_S)
+        assert "2 processes" in line, process.communicate(timeout=START_S)
+        drained = [asyncio.create_task(asyncio.to_thread(process.stderr.read))]
+        pids = [child.pid for child in psutil.Process(process.pid).children()]
+        assert len(pids) == 2
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(connector=connector) as http:
+            yield Routers(f"http://127.0.0.1:{port}", http, process, pids)
+    finally:
+        process.terminate()
+        try:
+            await asyncio.to_thread(process.wait, START_S)
+        finally:
+            process.kill()
+            await asyncio.gather(*drained)
+            process.communicate()
+
+
+def go(scenario: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(scenario, 180))
+
+
+def beat_of(machine: Machine) -> Heartbeat:
+    info = machine.info()
+    return Heartbeat(info.url, info.generation, info.role, Load(0, 0, 0, 100))
+
+
+def test_all_processes_know_who_is_there_and_count_as_one() -> None:
+    async def scenario() -> None:
+        one, two = Machine(Role.BOTH), Machine(Role.BOTH)
+        await one.start()
+        await two.start()
+        async with two_processes() as routers:
+            assert (await routers.ask("POST", "/memserve/heartbeat", beat_of(one)))[1] == {
+                "known": False
+            }
+            status, _ = await routers.ask("POST", "/memserve/register", Registration(one.info()))
+            assert status == 200
+            await routers.everybody_knows(one.url)
+            assert (await routers.ask("POST", "/memserve/heartbeat", beat_of(one)))[1] == {
+                "known": True
+            }
+            answers = [await routers.ask("POST", "/generate", BODY) for _ in range(ENOUGH)]
+            assert {status for status, _ in answers} == {200}
+            served = await routers.served()
+            assert len(served) == 2 and sum(served.values()) == ENOUGH
+            assert (await routers.ask("POST", "/workers", {"url": two.url}))[0] == 202
+            await routers.everybody_knows(one.url, two.url)
+            assert (await routers.ask("DELETE", f"/workers/{quote(one.url, '')}"))[0] == 200
+            await routers.everybody_knows(two.url)
+            assert (await routers.ask("DELETE", f"/workers/{quote(one.url, '')}"))[0] == 404
+            large = {"url": "http://127.0.0.1:9", "role": "x" * 100_000}
+            assert (await routers.ask("POST", "/workers", large))[0] == 413
+        assert routers.process.returncode == 0
+        await one.stop()
+        await two.stop()
+
+    go(scenario())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
+def test_a_process_that_dies_or_hangs_is_replaced_and_learns(number: signal.Signals) -> None:
+    async def scenario() -> None:
+        machine = Machine(Role.BOTH)
+        await machine.start()
+        async with two_processes("--instance", "http://127.0.0.1:9") as routers:
+            await routers.ask("POST", "/memserve/register", Registration(machine.info()))
+            assert (await routers.ask("DELETE", "/workers/http%3A%2F%2F127.0.0.1%3A9"))[0] == 200
+            victim = psutil.Process(routers.pids[0])
+            os.kill(victim.pid, number)
+            await asyncio.to_thread(victim.wait, START_S)
+            await routers.until_whole_again()
+            await routers.everybody_knows(machine.url)
+            answers = [await routers.ask("POST", "/generate", BODY) for _ in range(ENOUGH)]
+            assert {status for status, _ in answers} == {200}
+            assert len(await routers.served()) == 2
+        await machine.stop()
+
+    go(scenario())
+
+
+def test_sigterm_lets_the_requests_of_all_processes_finish() -> None:
+    async def scenario() -> None:
+        release = asyncio.Event()
+
+        async def slow(asked: Asked, line: Line) -> None:
+            await asyncio.wait_for(release.wait(), START_S)
+            await line.answer(generated(asked))
+
+        machine = Machine(Role.BOTH, slow)
+        await machine.start()
+        async with two_processes() as routers:
+            await routers.ask("POST", "/memserve/register", Registration(machine.info()))
+            asking = routers.ask
+            work = [asyncio.create_task(asking("POST", "/generate", BODY)) for _ in range(12)]
+            await machine.wait_for("/generate", 12)
+            assert (await routers.workers())[0]["in_flight_requests"] == 12
+            routers.process.send_signal(signal.SIGTERM)
+            await asyncio.sleep(0.3)
+            release.set()
+            assert {status for status, _ in await asyncio.gather(*work)} == {200}
+            assert await asyncio.to_thread(routers.process.wait, START_S) == 0
+            assert not any(psutil.pid_exists(pid) for pid in routers.pids)
+        await machine.stop()
+
+    go(scenario())
+
+
+def test_processes_end_when_who_started_them_is_killed() -> None:
+    async def scenario() -> None:
+        async with two_processes() as routers:
+            children = [psutil.Process(pid) for pid in routers.pids]
+            routers.process.kill()
+            gone, alive = await asyncio.to_thread(psutil.wait_procs, children, START_S)
+            assert len(gone) == 2 and not alive
+
+    go(scenario())
+
+
+def test_a_taken_port_is_one_line_and_an_exit_code() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        arguments = ["--port", str(taken.getsockname()[1]), "--processes", "2"]
+        done = subprocess.run(
+            [sys.executable, "-m", "sglang_memserve.router", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=START_S,
+        )
+    assert done.returncode == 2
+    assert "cannot listen" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "place", ["", "{}", '{"index":2,"count":2,"folder":"/tmp","lifeline":3}', "no JSON"]
+)
+def test_a_malformed_place_is_one_line_and_an_exit_code(place: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_memserve.router"],
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+        env={**os.environ, VARIABLE: place},
+    )
+    assert done.returncode == 2 and VARIABLE in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_processes_that_never_serve_end_the_whole() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    # Not the sockets' file system: the processes cannot meet there.
+    program = PROGRAM.replace("sys.exit(", "import tempfile\ntempfile.mkdtemp = BAD\nsys.exit(")
+    program = program.replace("BAD", "lambda prefix: '/proc/' + prefix")
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--port", port, "--processes", "2"],
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert done.returncode == 1, done.stderr
