@@ -5,7 +5,7 @@ instance lie a prefill and a transfer, and a hundred other decisions, which woul
 instance idle. So every plan leaves, until the part of it is done:
 
     where it computes    its predicted seconds (``backlog``), the pages it will hold (``coming``)
-    where it decodes     a seat, its prompt's KV slots, the seconds of the rest, the pages to come
+    where it decodes     a seat, its prompt's KV slots, the seconds of the rest
     in between           its bytes on the move (``flows``)
 """
 
@@ -141,12 +141,14 @@ class Bookings:
         held = plan.held_pages * order.prompt.page_size
         compute_s = self._costs.predict_prefill_s(at.id, order.prompt.tokens - held, held)
         ready_s += compute_s
-        self._promise(booking, at, order, now + ready_s)
+        if source is None:
+            # Whoever comes next queues behind it there. While it fetches first, it does not.
+            self._promise(booking, at, order, now + ready_s)
         if at is decode:
             booking._decode = self._work(decode.id, compute_s, now, order.ending)
             return booking
         booking._prefill = self._work(at.id, compute_s, now, Ending.SEEN)
-        self._book_decode(booking, at, decode, order, ready_s, compute_s)
+        self._book_decode(booking, at, decode, order, compute_s)
         return booking
 
     def _book_decode(
@@ -155,22 +157,18 @@ class Bookings:
         prefill: InstanceView,
         decode: InstanceView,
         order: Order,
-        ready_s: float,
         compute_s: float,
     ) -> None:
         size = order.prompt.page_size
         whole = max(order.prompt.tokens - 1, 0) // size
         moved = max(whole - decode.match.pages, 0)
         if moved:
-            pair = prefill.id, decode.id
-            ready_s += self._costs.predict_tail_s(*pair, moved)
-            booking._moves.append(self._costs.begin_transfer(*pair, moved, compute_s))
+            flow = self._costs.begin_transfer(prefill.id, decode.id, moved, compute_s)
+            booking._moves.append(flow)
         tail_s = self._costs.predict_prefill_s(
             decode.id, order.prompt.tokens - whole * size, whole * size
         )
-        now = self.now()
-        booking._decode = self._work(decode.id, tail_s, now, Ending.ASSUMED)
-        self._promise(booking, decode, order, now + ready_s)
+        booking._decode = self._work(decode.id, tail_s, self.now(), Ending.ASSUMED)
 
     def _promise(self, booking: Booking, view: InstanceView, order: Order, due_at: float) -> None:
         keys = order.keys[view.match.pages :]

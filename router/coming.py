@@ -1,8 +1,12 @@
-"""Pages that instances will hold soon: what is being computed there, or fetched. Pure.
+"""Pages that instances will hold soon: what is being computed there. Pure.
 
 When a hundred requests with one new prefix arrive together, nobody holds it yet, and a tree of what
 is held would send each to another instance, to be computed a hundred times. Here the first of them
 leaves a promise, and the others see that their prefix is on its way.
+
+A request that is sent to the same instance queues behind the one it shares with, and finds its
+pages. Another instance can fetch them once they are there. Pages that an instance fetches are
+not promised: a request sent there would not queue behind the fetch.
 
 A promise names only the pages that nobody promised there before, so each page has one owner, and
 what it takes is bounded by what is in flight.

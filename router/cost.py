@@ -79,8 +79,11 @@ class _Family(Generic[_K]):
         predicted = None
         if self._fleet.observations >= _ENOUGH:
             predicted = sum(a * b for a, b in zip(self.theta(member), features, strict=True))
-        for seen in learnt.fit.observe(Observation(features, seconds), predicted):
+        trust = self._trust(learnt)
+        taken = learnt.fit.observe(Observation(features, seconds), predicted, trust)
+        for seen in taken:
             self._fleet.observe(seen.features, seen.seconds)
+        if taken:
             self._known = None
             learnt.fleet_at, learnt.solved_at = self._fleet.observations, -1
 
@@ -92,10 +95,13 @@ class _Family(Generic[_K]):
         seen = self._fleet.observations
         # Solving anew for what others showed can wait a little, once there is plenty.
         if learnt.solved_at < 0 or seen - learnt.solved_at > min(learnt.solved_at / 4, 64):
-            trust = _FADE ** (seen - learnt.fleet_at)
+            trust = self._trust(learnt)
             learnt.theta = learnt.fit.fit.solve(self.fleet(), _MEMBER_PRIOR_SPREAD, trust)
             learnt.solved_at = seen
         return learnt.theta
+
+    def _trust(self, learnt: _Learnt) -> float:
+        return _FADE ** (self._fleet.observations - learnt.fleet_at)
 
     def fleet(self) -> tuple[float, ...]:
         if self._known is None:

@@ -49,6 +49,11 @@ class LinearFit:
                 self._gram[i][j] = self._gram[i][j] * _FORGET + weight * x * y
         self.observations += 1
 
+    def fade(self, left: float) -> None:
+        """What was observed so far counts ``left`` (0 to 1) of what it did."""
+        self._gram = [[value * left for value in row] for row in self._gram]
+        self._moment = [value * left for value in self._moment]
+
     def solve(self, prior: Sequence[float], spread: float, trust: float = 1.0) -> tuple[float, ...]:
         """Coefficients, all >= 0. Without observations, the prior.
 
@@ -86,16 +91,19 @@ class RobustFit:
         self._held: deque[tuple[Observation, float]] = deque(maxlen=_AGREEING)
         self._row = 0
 
-    def observe(self, seen: Observation, predicted_s: float | None) -> tuple[Observation, ...]:
+    def observe(
+        self, seen: Observation, predicted_s: float | None, trust: float = 1.0
+    ) -> tuple[Observation, ...]:
         """Take it, or hold it back; returns what was taken now.
 
-        ``predicted_s`` is None while nothing is known that it could be measured by.
+        ``predicted_s`` is None while nothing is known that it could be measured by. ``trust``:
+        what those before it still count for, if it is taken.
         """
         if predicted_s is None or predicted_s <= 0:
-            return self._take((seen,))
+            return self._take((seen,), trust)
         ratio = max(seen.seconds, _LEAST_SECONDS) / max(predicted_s, _LEAST_SECONDS)
         if 1 / SURPRISE_FACTOR <= ratio <= SURPRISE_FACTOR:
-            return self._take((seen,))
+            return self._take((seen,), trust)
         if self._held and (self._held[-1][1] > 1) != (ratio > 1):
             self._drop_held()
         self._held.append((seen, ratio))
@@ -108,10 +116,12 @@ class RobustFit:
         believed = tuple(one for one, _ in self._held)
         self.refused -= len(believed) - 1
         self.fit = LinearFit(self._size)
-        return self._take(believed)
+        return self._take(believed, trust)
 
-    def _take(self, seen: tuple[Observation, ...]) -> tuple[Observation, ...]:
+    def _take(self, seen: tuple[Observation, ...], trust: float) -> tuple[Observation, ...]:
         self._drop_held()
+        if trust < 1:
+            self.fit.fade(trust)
         for one in seen:
             self.fit.observe(one.features, one.seconds)
         return seen

@@ -32,7 +32,7 @@ class InstanceView:
     MemPool: nothing can be moved to it or from it.
 
     ``queue_s``: predicted seconds of computing that wait there. ``coming_pages``: leading pages
-    that will be there in ``coming_s``, being computed or fetched; 0 where no more than ``match``.
+    that will be there in ``coming_s``, being computed there; 0 where no more than ``match``.
     """
 
     id: InstanceId

@@ -8,14 +8,14 @@
                 + load(D) + room(D) + delay(P, ...) + delay(D, last page)
 
 ``queue``, ``move`` and ``compute`` are predictions of ``router.cost``, ``move`` beside what else is
-on the move; pages are fetched first only where that is predicted to be clearly faster than
+on the move; pages are fetched first only where that is predicted to be clearly cheaper than
 computing them. Pages that are still being computed somewhere count from when they are there, so
 requests with one new prefix gather where it is being computed until the queue there costs more than
 computing it again. ``delay`` is what a prefill costs the streams it interrupts: its seconds, for
-each stream, weighted. A decode instance is reckoned to have one stream at least: it is there for
-streams, and another may begin at any moment. That makes an idle decode instance compute short
-rests itself and leave long ones to the prefill instances. ``room`` is what running out of KV slots
-costs: a stream that is put out computes its prompt again.
+each stream, weighted, and a little for whatever comes after it. A decode instance is reckoned to
+have one stream at least: it is there for streams, and another may begin at any moment. That makes
+an idle decode instance compute short rests itself and leave long ones to the prefill instances.
+``room`` is what running out of KV slots costs: a stream that is put out computes its prompt again.
 
 All pairs are weighed where there are few; of many instances the ``SHORTLIST`` with the least time
 of their own on each side.
@@ -51,12 +51,15 @@ STREAM_DELAY_WEIGHT = 0.25
 HOP_S = 0.005
 # What each running stream slows a new one by: as long as computing so many tokens takes.
 RUNNING_TOKENS = 6
-# A fetch has to save this share of what computing takes: predictions are not that good.
-FETCH_MARGIN = 0.1
+# A second of computing, for whatever comes after it there.
+WORK_WEIGHT = 0.1
+# A fetch is reckoned this much slower than predicted: it has to be clearly worth it.
+FETCH_CAUTION = 1.25
 # KV slots in use above this share begin to cost; at 1, computing the whole prompt again.
 ROOMY_SHARE = 0.85
-# Predictions that differ by less are equal: load and rotation decide.
-TIE_RELATIVE = 0.02
+# Predictions that differ by less are equal: load and rotation decide. Finer, and the instance
+# that looked a little quicker first would get all the work of an idle fleet.
+TIE_RELATIVE = 0.1
 TIE_S = 0.0005
 # Waiting for pages to come means at least this: what is there needs no waiting.
 LEAST_WAIT_S = 0.001
@@ -188,9 +191,9 @@ class Cost:
         coming = min(view.coming_pages, whole)
         if coming > own:
             start_s, rest_s = max(queue_s, view.coming_s), compute_s(coming)
-            if start_s + rest_s < best.ready_s:
+            if _price_s(start_s, rest_s) < _price_s(best.start_s, best.compute_s):
                 best = _Site(view, None, coming, queue_s, start_s, rest_s)
-        limit_s = (1 - FETCH_MARGIN) * best.ready_s
+        least_s = _price_s(best.start_s, best.compute_s)
         if not view.can_fetch:
             return best
         for source in sources:
@@ -204,12 +207,13 @@ class Cost:
                 if pages <= own:
                     continue
                 rest_s = compute_s(pages)
-                if max(queue_s, wait_s) + rest_s >= limit_s:
+                if _price_s(max(queue_s, wait_s), rest_s) >= least_s:
                     continue
                 fetch_s = self.costs.predict_transfer_s(source.id, view.id, pages - own) + HOP_S
-                start_s = max(queue_s, wait_s + fetch_s)
-                if start_s + rest_s < limit_s:
-                    limit_s = start_s + rest_s
+                price_s = _price_s(max(queue_s, wait_s + FETCH_CAUTION * fetch_s), rest_s)
+                if price_s < least_s:
+                    least_s = price_s
+                    start_s = max(queue_s, wait_s + fetch_s)
                     best = _Site(view, source.id, pages, queue_s, start_s, rest_s, wait_s)
         return best
 
@@ -236,7 +240,7 @@ class Cost:
         streams = view.running_requests if view.role.can_decode else 0
         if not view.role.can_prefill:
             streams = max(streams, 1)
-        return STREAM_DELAY_WEIGHT * streams * compute_s
+        return (STREAM_DELAY_WEIGHT * streams + WORK_WEIGHT) * compute_s
 
     def _prefill_s(self, site: _Site) -> float:
         return site.ready_s + self._delay_s(site.view, site.compute_s)
@@ -336,8 +340,19 @@ class Cost:
         )
 
 
-def _shortlist(among: Sequence[_T], key: Callable[[_T], float]) -> Sequence[_T]:
-    return among if len(among) <= SHORTLIST else nsmallest(SHORTLIST, among, key=key)
+def _shortlist(among: Sequence[_T], seconds: Callable[[_T], float]) -> Sequence[_T]:
+    """Those with the fewest seconds; those that differ by less than a tie stay in their turn."""
+    if len(among) <= SHORTLIST:
+        return among
+    each = [seconds(one) for one in among]
+    grid = min(each) * TIE_RELATIVE + TIE_S
+    ranks = [int(one / grid) for one in each]
+    return [among[at] for at in nsmallest(SHORTLIST, range(len(among)), key=ranks.__getitem__)]
+
+
+def _price_s(start_s: float, compute_s: float) -> float:
+    """What a way to a prefix is compared by: when it is there, and the work it takes."""
+    return start_s + (1 + WORK_WEIGHT) * compute_s
 
 
 def _ready_terms(site: _Site) -> dict[str, float]:
