@@ -27,7 +27,7 @@ from typing import Any, Generic, TypeVar
 
 from sglang_memserve.types import InstanceId
 
-from .fit import LinearFit, Observation, RobustFit
+from .fit import Observation, RobustFit
 from .flows import Flow, Flows
 from .spells import Computed, Spell
 
@@ -54,8 +54,8 @@ _K = TypeVar("_K")
 
 @dataclass(slots=True)
 class _Learnt:
-    """One instance's or pair's fit. ``fleet_at``: the fleet's observations at its last own one;
-    ``solved_at``: at the time ``theta`` was solved."""
+    """One instance's or pair's fit. ``fleet_at``: everybody's observations at its last own one;
+    ``solved_at``: when ``theta`` was solved."""
 
     fit: RobustFit
     fleet_at: int = 0
@@ -69,7 +69,9 @@ class _Family(Generic[_K]):
     def __init__(self, prior: tuple[float, ...]) -> None:
         self._prior = prior
         self._members: dict[_K, _Learnt] = {}
-        self._fleet = LinearFit(len(prior))
+        # Guarded too: where members differ, a mixture of them is like none of them.
+        self._fleet = RobustFit(len(prior))
+        self._seen = 0
         self._known: tuple[float, ...] | None = None
 
     def observe(self, member: _K, features: tuple[float, ...], seconds: float) -> None:
@@ -77,35 +79,39 @@ class _Family(Generic[_K]):
         if learnt is None:
             learnt = self._members[member] = _Learnt(RobustFit(len(self._prior)))
         predicted = None
-        if self._fleet.observations >= _ENOUGH:
-            predicted = sum(a * b for a, b in zip(self.theta(member), features, strict=True))
+        if self._seen >= _ENOUGH:
+            predicted = _dot(self.theta(member), features)
         trust = self._trust(learnt)
         taken = learnt.fit.observe(Observation(features, seconds), predicted, trust)
         for seen in taken:
-            self._fleet.observe(seen.features, seen.seconds)
+            expected = _dot(self.fleet(), seen.features) if self._seen >= _ENOUGH else None
+            self._seen += 1
+            if self._fleet.observe(seen, expected):
+                self._known = None
         if taken:
-            self._known = None
-            learnt.fleet_at, learnt.solved_at = self._fleet.observations, -1
+            learnt.fleet_at, learnt.solved_at = self._seen, -1
 
     def theta(self, member: _K) -> tuple[float, ...]:
         """Coefficients; those of the fleet for one that has shown nothing."""
         learnt = self._members.get(member)
         if learnt is None or not learnt.fit.fit.observations:
             return self.fleet()
-        seen = self._fleet.observations
+        seen = self._seen
         # Solving anew for what others showed can wait a little, once there is plenty.
         if learnt.solved_at < 0 or seen - learnt.solved_at > min(learnt.solved_at / 4, 64):
             trust = self._trust(learnt)
-            learnt.theta = learnt.fit.fit.solve(self.fleet(), _MEMBER_PRIOR_SPREAD, trust)
+            learnt.theta = learnt.fit.fit.solve(
+                self.fleet(), _MEMBER_PRIOR_SPREAD, trust, self._prior
+            )
             learnt.solved_at = seen
         return learnt.theta
 
     def _trust(self, learnt: _Learnt) -> float:
-        return _FADE ** (self._fleet.observations - learnt.fleet_at)
+        return _FADE ** (self._seen - learnt.fleet_at)
 
     def fleet(self) -> tuple[float, ...]:
         if self._known is None:
-            self._known = self._fleet.solve(self._prior, _FLEET_PRIOR_SPREAD)
+            self._known = self._fleet.fit.solve(self._prior, _FLEET_PRIOR_SPREAD)
         return self._known
 
     def observations(self, member: _K | None = None) -> tuple[int, int]:
@@ -113,7 +119,7 @@ class _Family(Generic[_K]):
         if member is not None:
             fit = self._members[member].fit
             return fit.fit.observations, fit.refused
-        return self._fleet.observations, sum(one.fit.refused for one in self._members.values())
+        return self._seen, sum(one.fit.refused for one in self._members.values())
 
     def members(self) -> Iterator[_K]:
         yield from self._members
@@ -263,6 +269,10 @@ class CostModel:
             },
             "typical_prompt_tokens": round(self._typical_tokens),
         }
+
+
+def _dot(theta: tuple[float, ...], features: tuple[float, ...]) -> float:
+    return sum(a * b for a, b in zip(theta, features, strict=True))
 
 
 _PREFILL = ("fixed_s", "s_per_token", "s_per_token_squared")

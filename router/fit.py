@@ -17,6 +17,7 @@ from itertools import combinations
 _RELATIVE_ERROR = 0.2
 _FORGET = 0.98
 _LEAST_SECONDS = 1e-4
+_LEAST_SHARE = 0.3
 # Off by more than this factor is a surprise; so many that agree within it are a change, and so
 # many in a row on one side are one whatever they say.
 SURPRISE_FACTOR = 3.0
@@ -54,21 +55,33 @@ class LinearFit:
         self._gram = [[value * left for value in row] for row in self._gram]
         self._moment = [value * left for value in self._moment]
 
-    def solve(self, prior: Sequence[float], spread: float, trust: float = 1.0) -> tuple[float, ...]:
+    def solve(
+        self,
+        prior: Sequence[float],
+        spread: float,
+        trust: float = 1.0,
+        shape: Sequence[float] | None = None,
+    ) -> tuple[float, ...]:
         """Coefficients, all >= 0. Without observations, the prior.
 
         The prior is scaled to what was observed first, so that it speaks of proportions: a machine
         or a network may be a thousand times faster or slower than it says. ``spread``: how far
         each coefficient may then be off, as a multiple of itself. ``trust``: what the observations
-        still count for, 0 to 1.
+        still count for, 0 to 1. ``shape``: proportions that are always possible, for a prior that
+        was fitted itself and may have lost a coefficient.
         """
         gram = [[value * trust for value in row] for row in self._gram]
         moment = [value * trust for value in self._moment]
         scale = self._scale(prior) ** trust
         prior = [value * scale for value in prior]
+        likely: list[float] = []
+        if shape is not None:
+            share = _LEAST_SHARE * self._scale(shape) ** trust
+            likely = [share * value for value in shape]
         for i, value in enumerate(prior):
             # A coefficient that the prior has at zero may still grow a little.
-            precision = 1.0 / (spread * max(value, 1e-12)) ** 2
+            least = likely[i] if likely else 1e-12
+            precision = 1.0 / (spread * max(value, least)) ** 2
             gram[i][i] += precision
             moment[i] += precision * value
         return _solve_nonnegative(gram, moment)

@@ -28,8 +28,11 @@ def test_an_explanation_runs_nothing_and_is_what_then_happens() -> None:
             assert told["prompt"] == {"prompts": 1, "tokens": 161, "pages": 40, "page_size": PAGE}
             assert told["instances"][p.url]["held_pages"] == 8
             assert told["instances"][d.url]["held_pages"] == 0
-            best = min(told["candidates"], key=lambda one: one["seconds"]["total"])
-            assert told["choice"] == best
+            best = told["candidates"][0]["seconds"]["total"]
+            assert best == min(one["seconds"]["total"] for one in told["candidates"])
+            assert told["choice"] in told["candidates"]
+            # Those within a tenth are equal, and it is the next one's turn.
+            assert told["choice"]["seconds"]["total"] <= 1.1 * best + 0.001
             for one in told["candidates"]:
                 assert {"queue", "fetch", "compute", "load", "room"} <= one["seconds"].keys()
             answer = await router.post("/generate", {"input_ids": PROMPT})

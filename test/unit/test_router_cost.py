@@ -83,7 +83,7 @@ def test_what_an_instance_showed_long_ago_fades_into_the_fleet() -> None:
     costs = taught(A, B)
     for new in (500, 900, 2000, 1300, 700):
         costs.observe_prefill(C, new, 0, 20 * truth(new, 0))
-    assert right(costs, C, 20)
+    assert costs.predict_prefill_s(C, 1000, 0) == pytest.approx(20 * truth(1000, 0), rel=0.3)
     source = random.Random(4)
     for _ in range(800):
         new = source.randrange(50, 4000)
@@ -91,7 +91,7 @@ def test_what_an_instance_showed_long_ago_fades_into_the_fleet() -> None:
     assert costs.predict_prefill_s(C, 1000, 0) < 2 * truth(1000, 0)
     # And one look is enough then.
     costs.observe_prefill(C, 1000, 0, truth(1000, 0))
-    assert right(costs, C)
+    assert costs.predict_prefill_s(C, 1000, 0) == pytest.approx(truth(1000, 0), rel=0.3)
 
 
 def test_rows_of_one_side_begin_anew_after_the_other() -> None:
