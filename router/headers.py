@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ _OURS = frozenset({b"host", b"content-length", b"expect", b"x-request-id"})
 _NOT_PASSED_BACK = frozenset({b"date", b"server", b"x-request-id"})
 
 MAX_REQUEST_ID_BYTES = 200
+# RFC 9110's "token", and what a field value may not contain.
+_NOT_IN_NAMES = re.compile(rb"[^!#$%&'*+.^_`|~0-9A-Za-z-]|^$")
+_NOT_IN_VALUES = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 
 def get(headers: RawHeaders, name: bytes) -> bytes | None:
@@ -61,6 +65,16 @@ def to_instance(headers: RawHeaders, id: str, api_key: str | None) -> list[tuple
         passed.append(("authorization", f"Bearer {api_key}"))
     passed.append(("x-request-id", id))
     return passed
+
+
+def unfit(status: int, headers: RawHeaders) -> str:
+    """Why an instance's answer cannot be passed on as HTTP; empty if it can."""
+    if not 200 <= status <= 599:
+        return f"answered with status {status}"
+    for name, value in headers:
+        if _NOT_IN_NAMES.search(name) or _NOT_IN_VALUES.search(value):
+            return f"answered with a malformed header {name[:40]!r}"
+    return ""
 
 
 def to_client(

@@ -22,6 +22,7 @@ from .instances import Instances
 _T = TypeVar("_T")
 
 ASK_S = 5.0
+MAX_ANSWER_BYTES = 4 * 2**20
 
 
 class Poller:
@@ -103,6 +104,16 @@ class Poller:
         timeout = aiohttp.ClientTimeout(total=ASK_S)
         try:
             async with self._session.get(url, headers=self._headers, timeout=timeout) as response:
-                return response.status, await response.read()
+                return response.status, await _bounded(response)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise PeerUnreachable(f"{url}: {error or type(error).__name__}") from error
+
+
+async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+    """The whole answer. Raises ProtocolError beyond ``MAX_ANSWER_BYTES``."""
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > MAX_ANSWER_BYTES:
+            raise ProtocolError(f"{response.url} answered more than {MAX_ANSWER_BYTES} bytes")
+    return bytes(body)

@@ -23,11 +23,11 @@ import orjson
 from sglang_memserve.errors import PeerError, PeerUnreachable
 from yarl import URL
 
-from .headers import RawHeaders
+from .headers import RawHeaders, unfit
 from .security import Keys
 
 MAX_ERROR_BYTES = 4096
-MAX_JSON_BYTES = 256 * 2**20
+MAX_JSON_BYTES = 16 * 2**20
 # uvicorn closes idle connections after 5 s; ours end first, so that we seldom race with it.
 IDLE_CONNECTION_S = 3.0
 
@@ -150,6 +150,9 @@ class Upstream:
                     data=body,
                     allow_redirects=False,
                 )
+            wrong = unfit(response.status, response.raw_headers)
+            if wrong:
+                raise PeerError(wrong)
             first = await _read(response, deadline)
         except BaseException as error:
             if response is not None:
