@@ -13,7 +13,7 @@ In dependency order:
 ``config`` ``limits``   the command line, bounds of a request
 ``breaker`` ``member`` ``instances``   who is there, in which state
 ``feed`` ``polling``   shells: residency events, listed URLs
-``prompts`` ``chat_template`` ``tokenize``   bodies to token ids
+``prompts`` ``chat_template`` ``pieces`` ``tokenize``   bodies to token ids
 ``ids`` ``headers`` ``replies`` ``models``   what is said to clients and instances
 ``metrics``        what is counted
 ``proxy`` ``live``   HTTP to instances, and stopping it

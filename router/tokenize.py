@@ -25,6 +25,7 @@ from sglang_memserve.errors import ConfigError, LimitExceeded, PeerError
 from tokenizers import Tokenizer
 
 from .chat_template import ChatTemplate, Unrenderable
+from .pieces import Pieces, why_not
 from .prompts import Body, Chat, Opaque, Source, Texts, TokenIds
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ T = TypeVar("T")
 # Encoded in less time than it takes to hand it to a thread and to be told of it (half a millisecond
 # where both share a core), and short enough not to hold up the event loop.
 INLINE_CHARACTERS = 2048
+# Looking up so much takes no longer either.
+RECALLED_CHARACTERS = 256 * 1024
 SPECIAL_TOKENS = (
     "bos_token",
     "eos_token",
@@ -54,6 +57,12 @@ BOS_CLASSES = (
     "CohereTokenizerFast",
 )
 PROBE_TEXT = "  The prefix, the whole prefix:\n\tdef f(x):  # ünïcode 12345 \u4f60\u597d"
+# Longer than a few pieces.
+TRIED_TEXT = "".join(
+    f"{PROBE_TEXT} it's {i} o'clock, don't   wait;\nfoo_bar(x) -> {i * i}\r\n\n A I a é word {i}th "
+    "some more of the usual words in a row so that there is a place to cut "
+    for i in range(20)
+)
 PROBE_CHAT: Body = {
     "messages": [
         {"role": "system", "content": "Be brief."},
@@ -77,6 +86,51 @@ class ModelTokenizer:
         self._template = template
         # Special tokens of plain text: what the post-processor adds, or the flag SGLang restores.
         self._bos_id = tokenizer.token_to_id(bos) if bos is not None else None
+        self._pieces: Pieces | None = None
+        self._around: tuple[list[int], list[int]] = ([], [])
+
+    def remember_pieces(self) -> None:
+        """Encode texts piece by piece from now on.
+
+        Raises ConfigError where other ids came of that: it is tried, since a tokenizer may have any
+        pattern."""
+        alone, whole = self._whole("a", special=False), self._whole("a", special=True)
+        at = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), None)
+        if at is None:
+            raise ConfigError("the tokens around a text depend on it")
+        self._around = (whole[:at], whole[at + len(alone) :])
+        self._pieces = Pieces(self._many)
+        if self.encode(TRIED_TEXT) != self._with_bos(self._whole(TRIED_TEXT, special=True)):
+            self._pieces = None
+            raise ConfigError("pieces of a text have other ids than the whole")
+
+    def recalls(self, texts: Sequence[str]) -> bool:
+        """Whether the ids of ``texts`` are here but for a little."""
+        if self._pieces is None or sum(map(len, texts)) > RECALLED_CHARACTERS:
+            return False
+        return sum(map(self._pieces.missing_characters, texts)) <= INLINE_CHARACTERS
+
+    def _whole(self, text: str, *, special: bool) -> list[int]:
+        if len(text) <= INLINE_CHARACTERS:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        else:
+            # ``encode`` keeps the interpreter's lock, and with it the event loop from turning.
+            ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
+        return ids
+
+    def _many(self, texts: list[str]) -> list[list[int]]:
+        if len(texts) == 1:
+            return [self._whole(texts[0], special=False)]
+        encoded = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [one.ids for one in encoded]
+
+    def _raw(self, text: str) -> list[int]:
+        if self._pieces is None:
+            return self._whole(text, special=False)
+        return self._pieces.encode(text)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if self._bos_id is None else [self._bos_id, *ids]
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelTokenizer:
@@ -98,19 +152,29 @@ class ModelTokenizer:
         )
         wanted = config.get("add_bos_token")
         bos = special.get("bos_token") if adds_bos and (wanted is None or wanted) else None
-        return cls(tokenizer, template, bos)
+        model = cls(tokenizer, template, bos)
+        if reason := why_not((folder / "tokenizer.json").read_bytes()):
+            logger.info("%s: texts are encoded whole (%s)", folder, reason)
+            return model
+        try:
+            model.remember_pieces()
+        except ConfigError as error:
+            logger.warning("%s: texts are encoded whole (%s)", folder, error)
+        return model
 
     def encode(self, text: str) -> list[int]:
         """Ids of a plain prompt, special tokens included."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids if self._bos_id is None else [self._bos_id, *ids]
+        if self._pieces is None:
+            return self._with_bos(self._whole(text, special=True))
+        head, tail = self._around
+        return self._with_bos([*head, *self._pieces.encode(text), *tail])
 
     def chat(self, body: Body) -> list[int]:
         """Ids of a chat request. Raises Unrenderable."""
         if self._template is None:
             raise Unrenderable("no chat template")
         rendered = self._template.render(body)
-        ids: list[int] = self._tokenizer.encode(rendered.text, add_special_tokens=False).ids
+        ids = self._raw(rendered.text)
         if rendered.prefix is not None:
             ids = ids + self._continuation(rendered.prefix)
         return ids
@@ -213,7 +277,8 @@ class Tokenization:
         try:
             if backend is Backend.LOCAL and self._model is not None:
                 model = self._model
-                if _length(source) <= INLINE_CHARACTERS:
+                short = _length(source) <= INLINE_CHARACTERS
+                if short or (isinstance(source, Texts) and model.recalls(source.texts)):
                     return _encode(model, source)
                 return await self._run(lambda: _encode(model, source))
             return await self._by_engine(source)
