@@ -23,6 +23,7 @@ from .merged_tree import MergedTree
 from .replies import as_response, json_response
 
 MAX_DUMPED_NODES = 10_000
+MAX_DUMPED_KEYS = 500_000
 
 SourceStates = Callable[[], Mapping[str, str]]
 """Each followed instance and the state of its event stream."""
@@ -79,11 +80,14 @@ class Members:
         return json_response({"url": url})
 
     async def dump_tree(self, _: Request) -> Response:
-        """The merged tree, at most ``MAX_DUMPED_NODES`` nodes of it. Keys, never text."""
+        """The merged tree, at most ``MAX_DUMPED_NODES`` nodes and ``MAX_DUMPED_KEYS``
+        keys of it. Keys, never text."""
         stats = self.tree.stats()
         nodes: list[dict[str, object]] = []
+        keys = 0
         for node in self.tree.nodes():
-            if len(nodes) >= MAX_DUMPED_NODES:
+            keys += len(node.keys)
+            if len(nodes) >= MAX_DUMPED_NODES or keys > MAX_DUMPED_KEYS:
                 break
             nodes.append(
                 {
