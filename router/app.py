@@ -62,8 +62,10 @@ from .replies import App
 from .resume import Resumption
 from .security import Guard, with_cors
 from .shortcut import Shortcut
+from .source_metrics import SourceCollector
 from .steps import Steps
 from .tokenize import Tokenization
+from .trust import TrustedTree
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ async def _assemble(
     stack.push_async_callback(_stop, polling)
     preparation = Preparation(
         instances=instances,
-        tree=tree,
+        tree=TrustedTree(tree, feed.doubts),
         policy=policy,
         policy_name=config.policy,
         rotation=rotation,
@@ -172,15 +174,16 @@ async def _assemble(
         return {status.instance: status.state.value for status in feed.status()}
 
     metrics.registry.register(TreeCollector(tree, source_states))
+    metrics.registry.register(SourceCollector(feed.status))
     most = limits.max_body_bytes
     control = Control(instances, source_states, upstream, live, metrics, most)
-    members = Members(instances, source_states, tree, most)
+    members = Members(instances, source_states, tree, most, feed.status)
     rest = Passthrough(instances, upstream, metrics, rotation, most, keys)
     inference = {route.value: dispatcher for route in Route}
     explain = Explain(
         preparation=preparation,
         instances=instances,
-        tree=tree,
+        tree=TrustedTree(tree, feed.doubts),
         policy=policy,
         policy_name=config.policy,
         rotation=rotation,

@@ -20,7 +20,7 @@ from .asgi import read_body
 from .bookings import Bookings
 from .cost import CostModel
 from .instances import Instances
-from .merged_tree import MergedTree
+from .merged_tree import Matcher
 from .placement import Keyed, decide, idlest_decode, look_up, prompt_of
 from .policy.base import Policy, Rotation, Weighing
 from .prepare import Preparation, prefill_alone
@@ -37,7 +37,7 @@ class Explain:
 
     preparation: Preparation
     instances: Instances
-    tree: MergedTree
+    tree: Matcher
     policy: Policy
     policy_name: str
     rotation: Rotation

@@ -196,6 +196,10 @@ class GlobalTree:
                     )
         return events
 
+    def held(self, instance: InstanceId) -> int:
+        """Pages that an instance holds, one in two tiers counted twice."""
+        return sum(self._pages.get(instance, {}).values())
+
     def holders(self, key: ShortKey) -> dict[InstanceId, frozenset[Tier]]:
         """Who holds one page, and where."""
         node = self._where.get(key)

@@ -21,6 +21,7 @@ from .instances import Instances
 from .member import MemberStatus
 from .merged_tree import MergedTree
 from .replies import as_response, json_response
+from .source_metrics import Statuses, described
 
 MAX_DUMPED_NODES = 10_000
 MAX_DUMPED_KEYS = 500_000
@@ -37,6 +38,7 @@ class Members:
     source_states: SourceStates
     tree: MergedTree
     max_body_bytes: int
+    statuses: Statuses
 
     # -- membership: instances' own words --
 
@@ -56,9 +58,9 @@ class Members:
     # -- membership: the operator's words --
 
     async def workers(self, _: Request) -> Response:
-        states = self.source_states()
-        members = [_worker(member, states) for member in self.instances.members()]
-        gone = [_worker(member, states) for member in self.instances.gone()]
+        events = {status.instance: described(status) for status in self.statuses()}
+        members = [_worker(member, events) for member in self.instances.members()]
+        gone = [_worker(member, {}) for member in self.instances.gone()]
         return json_response({"workers": members, "left": gone, "total": len(members)})
 
     async def add_worker(self, request: Request) -> Response:
@@ -124,7 +126,10 @@ def listed_role(given: object) -> Role | None:
     return parse_role(given)
 
 
-def _worker(member: MemberStatus, states: Mapping[str, str]) -> dict[str, object]:
+def _worker(
+    member: MemberStatus, events: Mapping[InstanceId, Mapping[str, object]]
+) -> dict[str, object]:
+    source = events.get(member.id)
     return {
         "url": member.id,
         "role": member.role.value,
@@ -133,7 +138,8 @@ def _worker(member: MemberStatus, states: Mapping[str, str]) -> dict[str, object
         "model": member.model,
         "static": member.static,
         "mempool": member.has_mempool,
-        "source": states.get(member.id),
+        "source": None if source is None else source["state"],
+        "events": source,
         "breaker": member.breaker.value,
         "last_error": member.last_error or None,
         "silent_s": round(member.silent_s, 3),

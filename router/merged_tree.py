@@ -17,10 +17,14 @@ from .values import Match
 log = logging.getLogger(__name__)
 
 
-class MergedTree(Protocol):
-    """What both trees do; ``GlobalTree`` says how it is meant."""
+class Matcher(Protocol):
+    """What decisions ask."""
 
     def match(self, keys: Sequence[ShortKey]) -> dict[InstanceId, Match]: ...
+
+
+class MergedTree(Matcher, Protocol):
+    """What both trees do; ``GlobalTree`` says how it is meant."""
 
     def apply(self, instance: InstanceId, event: Event) -> None: ...
 
@@ -29,6 +33,8 @@ class MergedTree(Protocol):
     def replace(self, instance: InstanceId, events: Iterable[Event]) -> None: ...
 
     def dump(self, instance: InstanceId) -> list[Event]: ...
+
+    def held(self, instance: InstanceId) -> int: ...
 
     def holders(self, key: ShortKey) -> dict[InstanceId, frozenset[Tier]]: ...
 

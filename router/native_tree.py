@@ -92,6 +92,11 @@ class NativeTree:
             if tiers & bit
         ]
 
+    def held(self, instance: InstanceId) -> int:
+        """As ``GlobalTree.held``."""
+        number = self._numbers.get(instance)
+        return 0 if number is None else sum(self._core.counts(number))
+
     def holders(self, key: ShortKey) -> dict[InstanceId, frozenset[Tier]]:
         """Who holds one page, and where."""
         return {self._names[who]: tiers_of_bits(bits) for who, bits in self._core.holders(key)}

@@ -15,7 +15,7 @@ from sglang_memserve.types import InstanceId, PageKey, ShortKey, Tier
 
 from .bookings import Bookings
 from .instances import Instances
-from .merged_tree import MergedTree
+from .merged_tree import Matcher
 from .policy.base import Policy, decode_candidates
 from .values import InstanceView, Match, Plan, Prompt
 
@@ -96,7 +96,7 @@ def opaque(page_size: int) -> Keyed:
     return Keyed((), page_size, 0, 0)
 
 
-def look_up(tree: MergedTree, keyed: Keyed) -> Holdings:
+def look_up(tree: Matcher, keyed: Keyed) -> Holdings:
     by_chain = tuple(tree.match(chain.short) for chain in keyed.chains)
     if len(by_chain) == 1:
         return Holdings(by_chain, by_chain[0])

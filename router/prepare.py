@@ -6,7 +6,7 @@ from .backlog import Ending
 from .bookings import Bookings, Order
 from .headers import Verdict
 from .instances import Instances
-from .merged_tree import MergedTree
+from .merged_tree import Matcher
 from .metrics import Funnel, Metrics
 from .models import ModelNames
 from .placement import (
@@ -37,7 +37,7 @@ class Preparation:
         self,
         *,
         instances: Instances,
-        tree: MergedTree,
+        tree: Matcher,
         policy: Policy,
         policy_name: str,
         rotation: Rotation,

@@ -34,16 +34,30 @@ from sglang_memserve.router.global_tree import GlobalTree
 from sglang_memserve.router.instances import Instances
 from sglang_memserve.router.member import State
 from sglang_memserve.router.polling import Poller
+from sglang_memserve.router.source import FULL_S, STALE_S, SnapshotReason
+from sglang_memserve.router.source_metrics import SourceCollector, described
+from sglang_memserve.router.trust import TrustedTree
+from sglang_memserve.router.values import Match
 from sglang_memserve.types import Generation, InstanceId, Namespace, Role, ShortKey
 
 NAMESPACE = Namespace("model", "1", "bfloat16", 16, 30, 3, 64, 64, 0, 1)
 DEADLINE_S = 20.0
+MOST_PAGES = 50
 
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(DEADLINE_S):
         while not condition():  # noqa: ASYNC110 - any condition, of objects that know no events
             await asyncio.sleep(0.01)
+
+
+class Clock:
+    """The machine's, and what the test adds."""
+
+    ahead_s = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead_s
 
 
 @dataclass
@@ -86,8 +100,14 @@ class FakeInstance:
             batch = EventBatch(time.time(), list(events))
             await self.socket.send_multipart(encode_frames(self.seq, batch))
 
-    async def store(self, *pages: int, parent: int | None = None, send: bool = True) -> None:
-        event = BlockStored(list(pages), parent, [], 16, medium="CPU_PINNED")
+    async def store(
+        self,
+        *pages: int,
+        parent: int | None = None,
+        send: bool = True,
+        medium: str = "CPU_PINNED",
+    ) -> None:
+        event = BlockStored(list(pages), parent, [], 16, medium=medium)
         await self.publish(event, send=send)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -147,6 +167,7 @@ class Rig:
     feed: Feed
     session: aiohttp.ClientSession
     states: list[SourceStatus]
+    clock: Clock
 
     @property
     def status(self) -> SourceStatus:
@@ -173,18 +194,19 @@ class Rig:
 def with_rig(test: Callable[[Rig], Awaitable[None]]) -> Callable[[], None]:
     async def run() -> None:
         states: list[SourceStatus] = []
-        tree = GlobalTree()
+        tree, clock = GlobalTree(), Clock()
         async with fake_instance() as fake, aiohttp.ClientSession() as session:
             feed = Feed(
                 tree,
                 session,
-                clock=time.monotonic,
+                clock=clock,
                 wall_clock=time.time,
                 headers={"Authorization": "Bearer key"},
                 on_state=states.append,
+                most_pages=MOST_PAGES,
             )
             try:
-                await test(Rig(fake, tree, feed, session, states))
+                await test(Rig(fake, tree, feed, session, states, clock))
             finally:
                 await feed.close()
         left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
@@ -219,6 +241,8 @@ async def test_a_gap_is_mended_by_a_snapshot(rig: Rig) -> None:
     await rig.fake.store(3, parent=2)
     await until(lambda: rig.pages(1, 2, 3) == 3 and rig.exact())
     assert rig.status.gaps == gaps + 1
+    assert rig.status.reasons[SnapshotReason.GAP] >= 1
+    assert sum(rig.status.reasons.values()) == rig.status.snapshots
 
 
 @with_rig
@@ -264,6 +288,87 @@ async def test_a_failing_snapshot_is_tried_again_and_old_pages_stay(rig: Rig) ->
     assert rig.pages(1, 2) == 2
     rig.fake.healthy = True
     await until(lambda: rig.exact() and rig.pages(5) == 1)
+
+
+@with_rig
+async def test_what_cannot_be_mended_becomes_stale_and_counts_for_nothing(rig: Rig) -> None:
+    keys = [ShortKey(key) for key in range(8)]
+    trusted = TrustedTree(rig.tree, rig.feed.doubts)
+    await rig.connected()
+    await rig.fake.store(*range(8))
+    await until(lambda: rig.pages(*range(8)) == 8)
+    assert trusted.match(keys) == rig.tree.match(keys)
+    rig.fake.healthy = False
+    await rig.fake.publish(send=False)
+    await rig.fake.publish()
+    await until(lambda: rig.status.state is SourceState.DEGRADED)
+    assert trusted.match(keys)[rig.fake.url].pages == 6
+    rig.clock.ahead_s += STALE_S + 1
+    await until(lambda: rig.status.state is SourceState.STALE)
+    assert trusted.match(keys) == {} and rig.pages(*range(8)) == 8
+    rig.fake.healthy = True
+    await until(rig.exact)
+    assert trusted.match(keys)[rig.fake.url].pages == 8
+
+
+@with_rig
+async def test_no_instance_fills_the_tree(rig: Rig) -> None:
+    """What does not fit is left out, whole events of it; what is there stays right."""
+    await rig.connected()
+    await rig.fake.store(*range(40))
+    await rig.fake.store(*range(40, 60), parent=39)
+    await rig.fake.store(*range(100, 105), medium="GPU")
+    await until(lambda: rig.status.seq == rig.fake.seq)
+    assert rig.status.state is SourceState.DEGRADED
+    assert rig.status.refused_pages == 20 and "left out" in rig.status.last_error
+    assert rig.pages(*range(60)) == 40 and rig.pages(*range(100, 105)) == 5
+    assert rig.feed.doubts() == {}, "what is there is so"
+    await rig.fake.publish(BlockRemoved(list(range(20, 40)), "CPU_PINNED"))
+    await rig.fake.store(*range(200, 205), parent=199)
+    await until(lambda: rig.pages(*range(200, 205)) == 5)
+    assert rig.pages(*range(60)) == 20 and rig.status.state is SourceState.DEGRADED
+    gaps = rig.status.gaps
+    rig.clock.ahead_s += FULL_S + 1
+    rig.fake.events = [BlockStored(list(range(20)), None, [], 16, medium="CPU_PINNED")]
+    await until(rig.exact)
+    assert rig.status.reasons[SnapshotReason.FULL] == 1 and rig.status.gaps == gaps
+    assert rig.pages(*range(60)) == 20 and rig.pages(*range(100, 105)) == 0
+
+
+@with_rig
+async def test_tiers_come_and_go_by_themselves(rig: Rig) -> None:
+    await rig.connected()
+    await rig.fake.store(1, 2, 3)
+    await rig.fake.store(1, 2, 3, medium="GPU")
+    await rig.fake.publish(BlockRemoved([3, 2], "GPU"))
+    await until(lambda: rig.status.seq == rig.fake.seq)
+    assert rig.tree.match([ShortKey(1), ShortKey(2)])[rig.fake.url] == Match(2, 1, 0)
+    await rig.fake.publish(BlockRemoved([3, 2, 1], "CPU_PINNED"))
+    await until(lambda: rig.pages(1, 2) == 1)
+    assert rig.tree.match([ShortKey(1)])[rig.fake.url] == Match(1, 1, 1)
+
+
+@with_rig
+async def test_the_streams_in_numbers(rig: Rig) -> None:
+    await rig.connected()
+    await rig.fake.publish(send=False)
+    await rig.fake.publish()
+    await until(lambda: rig.status.reasons.get(SnapshotReason.GAP, 0) > 0 and rig.exact())
+    status = rig.status
+    samples = {
+        (sample.name, sample.labels.get("reason")): sample.value
+        for metric in SourceCollector(rig.feed.status).collect()
+        for sample in metric.samples
+    }
+    assert samples["memserve_event_gap_total", None] == status.gaps
+    assert samples["memserve_snapshot_total", "gap"] == status.reasons[SnapshotReason.GAP]
+    assert samples["memserve_snapshot_total", "start"] == 1
+    assert samples["memserve_event_lag_seconds", None] == status.lag_s
+    assert samples["memserve_refused_pages_total", None] == 0
+    told = described(status)
+    assert told["state"] == "exact" and told["gaps"] == status.gaps
+    rig.feed.left(rig.fake.url)
+    assert not any(metric.samples for metric in SourceCollector(rig.feed.status).collect())
 
 
 @with_rig
