@@ -22,6 +22,10 @@ SPELLINGS = {
     "--request-timeout-secs": "--request-timeout-s",
     "--max-payload-size": "--max-body-bytes",
     "--tokenizer-path": "--model-path",
+    "--tls-cert-path": "--ssl-certfile",
+    "--tls-key-path": "--ssl-keyfile",
+    "--ca-cert-paths": "--instance-ca-certs",
+    "--cors-allowed-origins": "--cors-origin",
 }
 
 POLICY_SPELLINGS = {

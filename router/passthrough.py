@@ -32,7 +32,13 @@ logger = logging.getLogger(__name__)
 DESCRIBING = frozenset({"/v1/models", "/get_model_info", "/model_info"})
 # Other error shapes than OpenAI's; the instance judges the model's name itself.
 NOT_OPENAI = "/v1/messages"
+# An instance keeps the responses that it gave; another one has never heard of them.
+KEPT_WHERE_MADE = "/v1/responses"
 ATTEMPTS = 2
+
+
+class _Elsewhere(Exception):
+    """The instance does not know what is asked for, and another one may."""
 
 
 class Passthrough:
@@ -90,11 +96,14 @@ class Passthrough:
     async def _serve(self, client: Client, data: bytes) -> None:
         failed: set[InstanceId] = set()
         error: PeerError | None = None
-        for _ in range(ATTEMPTS):
+        attempts = 0
+        while attempts < ATTEMPTS:
             try:
                 target = self._choose(client.path, failed)
-                await self._forward(client, data, target)
+                await self._forward(client, data, target, failed)
                 return
+            except _Elsewhere:
+                failed.add(target)
             except NoInstance as nobody:
                 reasons = nobody.reasons
                 await client.reply(replies.unavailable("no instance can serve", reasons))
@@ -103,13 +112,16 @@ class Passthrough:
                 if client.answered:
                     return
                 error = failure
+                attempts += 1
                 failed.add(target)
                 logger.warning("%s %s failed: %s", client.request_id, target, failure)
         reasons = self._instances.unavailable(failed)
         await client.reply(replies.unavailable(f"every attempt failed: {error}", reasons))
 
-    async def _forward(self, client: Client, data: bytes, target: InstanceId) -> None:
-        """Raises PeerError, NoInstance, Broken."""
+    async def _forward(
+        self, client: Client, data: bytes, target: InstanceId, tried: set[InstanceId]
+    ) -> None:
+        """Raises PeerError, NoInstance, Broken, _Elsewhere."""
         self._rotation.advance()
         key = self._keys.towards(client.path)
         headers = to_instance(client.headers, client.request_id, key)
@@ -120,11 +132,18 @@ class Passthrough:
                     client.method, target + client.target, headers, data or None
                 )
                 async with answer:
+                    kept = client.path.startswith(KEPT_WHERE_MADE)
+                    if kept and answer.status == 404 and self._able({*tried, target}):
+                        flight.end(Outcome.SUCCEEDED)
+                        raise _Elsewhere
                     await client.relay(answer, verdict.headers())
             except (PeerError, Broken) as error:
                 flight.end(Outcome.FAILED, str(error))
                 raise
             flight.end(Outcome.SUCCEEDED)
+
+    def _able(self, tried: set[InstanceId]) -> bool:
+        return any(view.role.can_decode for view in self._instances.views({}, tried))
 
     def _choose(self, path: str, failed: set[InstanceId]) -> InstanceId:
         """Raises NoInstance."""

@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from sglang_memserve.types import Role
-from simulation.router_machines import WAIT_S, Machine, router_over
+from simulation.router_machines import WAIT_S, Asked, Line, Machine, router_over
 
 
 def go(scenario: Coroutine[Any, Any, None]) -> None:
@@ -58,5 +58,30 @@ def test_workers_that_are_none() -> None:
                 for path in ("/add_worker", "/workers"):
                     assert (await router.post(path, odd)).status == 400, role_
             assert (await router.post("/add_worker", [1])).status == 400
+
+    go(scenario())
+
+
+def test_a_response_is_found_where_it_was_made() -> None:
+    async def scenario() -> None:
+        async def made(asked: Asked, line: Line) -> None:
+            await line.answer({"id": "resp_1"})
+
+        async def unknown(asked: Asked, line: Line) -> None:
+            await line.answer({"error": "unknown"}, 404)
+
+        here, there = Machine(Role.DECODE, made), Machine(Role.BOTH, unknown)
+        async with router_over(here, there) as router:
+            for _ in range(4):  # whichever of them has its turn
+                assert (await router.get("/v1/responses/resp_1")).status == 200
+            body = {"previous_response_id": "resp_1", "input": "more"}
+            for _ in range(2):
+                assert (await router.post("/v1/responses", body)).status == 200
+        nowhere = Machine(Role.DECODE, unknown), Machine(Role.BOTH, unknown)
+        async with router_over(*nowhere) as router:
+            assert (await router.get("/v1/responses/resp_2")).status == 404
+            assert all(machine.to("/v1/responses/resp_2") for machine in nowhere)
+            # Elsewhere a 404 is the answer.
+            assert (await router.post("/v1/rerank", {})).status == 404
 
     go(scenario())

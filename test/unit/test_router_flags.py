@@ -44,6 +44,14 @@ def test_a_pd_line_of_sglang_router_works_as_it_is() -> None:
     assert "\n" not in config.warning
 
 
+def test_spellings_are_translated_wherever_their_value_stands() -> None:
+    argv = ["--tls-cert-path", "c", "--tls-key-path=k", "--cors-allowed-origins", "http://a", "b"]
+    assert flags.translate(argv).argv == [
+        *("--ssl-certfile", "c", "--ssl-keyfile=k"),
+        *("--cors-origin", "http://a", "b"),
+    ]
+
+
 def test_nothing_is_warned_of_in_lines_of_our_own() -> None:
     assert parse_args(["--instance", "http://a:1", "--policy", "cost"]).warning == ""
 
