@@ -7,9 +7,13 @@ another. Everything is interleaved: latencies request by request, throughput rou
 - ``latency``: what is added to a request over asking the worker itself, over kept connections: to
   the first byte of the answer (streams: the first event) and to the last.
 - ``throughput``: as much as 32 connections carry, a second of the router's processor time.
+- ``processes``: the same through ``--processes 2`` and through one, both free to use all cores.
 - ``paced``: 500 streams at once, 20 events a second each; how much longer than asked directly.
 - ``start``: from ``python -m sglang_memserve.router`` to the first answer of ``/liveness``, and the
   memory it then has.
+
+"new" prompts are there once, "seen" ones are 64 in turn: as in conversations that go on, the router
+has met their text.
 
 ``--peer PYTHON``: an interpreter that has ``sglang-router`` (in an environment of its own, since
 its pins are not ours); without it only our router is measured.
@@ -21,8 +25,10 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -31,7 +37,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +48,13 @@ from sglang_memserve.protocol.handshake import layout_hash
 from sglang_memserve.protocol.http import InstanceInfo, RankInfo
 from sglang_memserve.types import Namespace
 
-from benchmark.harness import report
+from benchmark.harness import report, spread
 from benchmark.micro.router_overhead import WORDS, free_port, make_tokenizer
 
 HERE = Path(__file__).parent
 START_S = 30.0
 RUN_S = 300.0
-PROMPTS = 64
+SEEN = 64
 EVENTS = 20
 PACED_EVENTS, PACE_MS = 100, 50
 CONNECTIONS = 32
@@ -58,13 +64,13 @@ CONNECTIONS = 32
 class Plan:
     """How much of each; ``--quick`` is for seeing that it runs."""
 
-    requests: int = 400
+    requests: int = 300
     rounds: int = 3
-    seconds: float = 4.0
+    seconds: float = 2.5
     streams: int = 500
 
 
-QUICK = Plan(requests=60, rounds=1, seconds=1.0, streams=100)
+QUICK = Plan(requests=150, rounds=1, seconds=1.0, streams=100)
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,21 @@ class Body:
 
     words: int
     streamed: bool
+    new: bool
 
     @property
     def name(self) -> str:
-        return f"{self.words} words" + (", streamed" if self.streamed else "")
+        new, streamed = "new" if self.new else "seen", ", streamed" if self.streamed else ""
+        return f"{self.words} words, {new}{streamed}"
 
 
-BODIES = tuple(Body(words, streamed) for words in (200, 8000) for streamed in (False, True))
+SHORT, SHORT_STREAM = Body(200, False, False), Body(200, True, False)
+LONG, LONG_STREAM, LONG_NEW = (
+    Body(8000, False, False),
+    Body(8000, True, False),
+    Body(8000, False, True),
+)
+BODIES = (SHORT, SHORT_STREAM, LONG, LONG_STREAM, LONG_NEW)
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,7 @@ class Bench:
     plan: Plan
     worker: int
     routers: Mapping[str, tuple[int, psutil.Process]]
+    numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def client(self, *words: object) -> Any:
         command = [str(self.folder / "client"), *map(str, words)]
@@ -99,17 +114,23 @@ class Bench:
         return json.loads(done.stdout)
 
     def bodies(self, body: Body, events: int = EVENTS) -> Path:
-        """A file of requests, whose prompts differ from their first word on."""
-        file = self.folder / f"{body.words}-{body.streamed}-{events}"
+        """A file of requests, whose prompts differ from their first word on; with new ones each
+        time if they are to be new."""
+        count = SEEN
+        if body.new:
+            count = self.plan.requests + self.plan.requests // 10 + 5
+        first = next(self.numbers) * 10_000 if body.new else 0
+        file = self.folder / f"{body.words}-{body.streamed}-{events}-{first}"
         if not file.exists():
-            file.write_text("".join(f"{_body(body, events, i)}\n" for i in range(PROMPTS)))
+            lines = (f"{_body(body, events, first + i)}\n" for i in range(count))
+            file.write_text("".join(lines))
         return file
 
 
 def _body(body: Body, events: int, number: int) -> str:
-    words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(body.words - 1)]
+    words = random.Random(number).choices(WORDS, k=body.words - 1)
     request: dict[str, Any] = {
-        "text": " ".join([f"{number:05d}", *words]),
+        "text": " ".join([f"{number:09d}", *words]),
         "sampling_params": {"max_new_tokens": events, "temperature": 0},
         "stream": body.streamed,
     }
@@ -136,7 +157,7 @@ def latency(bench: Bench) -> dict[str, Any]:
                     sample[f"{what}_ms"][point] - direct[f"{what}_ms"][point], 3
                 )
                 for what in ("first", "total")
-                for point in ("p50", "p99")
+                for point in ("min", "p50", "p99")
             }
     return result
 
@@ -144,9 +165,9 @@ def latency(bench: Bench) -> dict[str, Any]:
 def throughput(bench: Bench) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for body in BODIES:
-        file = bench.bodies(body)
         rates: dict[str, list[tuple[float, float, float]]] = {name: [] for name in bench.routers}
         for _ in range(bench.plan.rounds):
+            file = bench.bodies(body)
             for name, (port, process) in bench.routers.items():
                 before = processor_s(process)
                 run = bench.client("load", file, CONNECTIONS, bench.plan.seconds, port)
@@ -167,7 +188,7 @@ def throughput(bench: Bench) -> dict[str, Any]:
 
 def paced(bench: Bench, worker: int, routers: Mapping[str, int]) -> dict[str, Any]:
     """Streams that begin within a second and last five: those of a busy fleet."""
-    file = bench.bodies(Body(200, True), PACED_EVENTS)
+    file = bench.bodies(SHORT_STREAM, PACED_EVENTS)
     ideal_ms = (PACED_EVENTS - 1) * PACE_MS
     result: dict[str, Any] = {"streams": bench.plan.streams, "events_per_s_each": 1000 / PACE_MS}
     for name, port in {"direct": worker, **routers}.items():
@@ -182,6 +203,40 @@ def paced(bench: Bench, worker: int, routers: Mapping[str, int]) -> dict[str, An
             for point in ("p50", "p99", "max")
         } | {"first_p50_ms": round(statistics.median(run["first_ms"]["p50"] for run in runs), 2)}
     return result
+
+
+def processes(folder: Path, plan: Plan, worker: int) -> dict[str, Any]:
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    with ExitStack() as stack:
+        routers = {}
+        for count in rates:
+            port = free_port()
+            command = [
+                "-m",
+                "sglang_memserve.router",
+                "--port",
+                str(port),
+                "--log-level",
+                "warning",
+            ]
+            command += ["--instance", f"http://127.0.0.1:{worker}", "--processes", str(count)]
+            routers[count] = (port, stack.enter_context(running(command, None)))
+            until_followed(port)
+        bench = Bench(folder, plan, worker, {})
+        for _ in range(plan.rounds):
+            for count, (port, _) in routers.items():
+                run = bench.client("load", bench.bodies(SHORT), CONNECTIONS, plan.seconds, port)
+                rates[count].append(run["requests_per_s"])
+        grown = [two / one for one, two in zip(rates[1], rates[2], strict=True)]
+        resident = [
+            round(process.memory_info().rss / 1e6, 1)
+            for process in [routers[2][1], *routers[2][1].children()]
+        ]
+    return {
+        "requests_per_s": {count: round(statistics.median(runs)) for count, runs in rates.items()},
+        "two_over_one": spread(grown, 2),
+        "resident_mb": resident,
+    }
 
 
 def start_up(rounds: int) -> dict[str, Any]:
@@ -351,6 +406,7 @@ def measure(folder: Path, plan: Plan, peer: str | None) -> dict[str, Any]:
         bench = Bench(folder, plan, worker, start_routers(stack, worker, peer, routing))
         result["latency"] = latency(bench)
         result["throughput"] = throughput(bench)
+        result["processes"] = processes(folder, plan, worker)
         result["resident_mb"] = {
             name: round(process.memory_info().rss / 1e6, 1)
             for name, (_, process) in bench.routers.items()
@@ -370,6 +426,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.peer:
+        # Where that environment lies is nothing to report.
+        sys.argv[1:] = [word.replace(options.peer, "PYTHON") for word in sys.argv[1:]]
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder), QUICK if options.quick else Plan(), options.peer)
     report("router_service", result, started, options.json)
