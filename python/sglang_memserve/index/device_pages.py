@@ -4,7 +4,7 @@ A mirror, told of changes by whoever watches the engine's tree (``plugin.device_
 nothing: which page the engine drops is the engine's affair. Kept beside the index of blocks so that
 both tiers are in one stream of events and one snapshot, under one number.
 
-About 200 bytes a page; as many pages as the engine's pool has. Not thread-safe.
+About 120 bytes a page by ``tracemalloc``; as many pages as the engine's pool has. Not thread-safe.
 """
 
 from __future__ import annotations
