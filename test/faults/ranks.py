@@ -58,7 +58,7 @@ class RankProcess:
     def expect_started(self) -> None:
         self._answer("start", LIMIT_S)
         self.address = self.call("address")
-        self.first = self.state()
+        self.first = self._settled()
         self.sockets_at_first = "\n".join(self.call("sockets"))
 
     def call(self, command: str, within_s: float = LIMIT_S, **arguments: Any) -> Any:
@@ -103,6 +103,17 @@ class RankProcess:
     def state(self) -> dict[str, float]:
         value: dict[str, float] = self.call("state")
         return value
+
+    def _settled(self) -> dict[str, float]:
+        """UCX goes on opening sockets and threads for a moment after the agent has started."""
+        before, until = self.state(), time.monotonic() + LIMIT_S
+        while time.monotonic() < until:
+            time.sleep(0.2)
+            now = self.state()
+            if all(now[name] == before[name] for name in ("threads", "sockets")):
+                return now
+            before = now
+        raise AssertionError(f"{self.name} does not settle: {before}")
 
     def wait_for(self, name: str, at_least: float, limit_s: float = LIMIT_S) -> float:
         """Until a value of ``state`` is reached."""
