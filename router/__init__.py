@@ -21,6 +21,7 @@ In dependency order:
 ``placement``      token ids to a plan
 ``fetches`` ``prefill`` ``steps``   what comes before decode
 ``resumable`` ``streams`` ``interrupts``   streams that outlive their instance
+``admission`` ``drain`` ``workers``   the door, ending well, what operators do to workers
 ``asgi`` ``turn`` ``prepare`` ``forward`` ``dispatch`` ``passthrough`` ``shortcut``   requests
 ``members`` ``control`` ``explain``   everything else
 ``app``            putting it together

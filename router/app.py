@@ -33,6 +33,7 @@ from starlette.responses import Response
 from starlette.routing import Route as Mount
 
 from . import replies
+from .admission import Admission
 from .aliases import Aliases
 from .asgi import ClientGone, SlowBody
 from .bookings import Bookings
@@ -40,6 +41,7 @@ from .config import RouterConfig
 from .control import Control
 from .cost import CostModel
 from .dispatch import Dispatcher
+from .drain import Leaving
 from .explain import Explain
 from .feed import Feed
 from .forward import Forwarding
@@ -66,10 +68,12 @@ from .source_metrics import SourceCollector
 from .steps import Steps
 from .tokenize import Tokenization
 from .trust import TrustedTree
+from .workers import Workers
 
 logger = logging.getLogger(__name__)
 
 ASK_S = 10.0
+JUST_ANSWERED = 256
 INFERENCE_METHODS = frozenset({"POST", "PUT"})
 STATUS_OF: tuple[tuple[type[MemServeError], int], ...] = (
     (NamespaceMismatch, 409),
@@ -89,27 +93,31 @@ async def running(
     *,
     limits: Limits | None = None,
     steps: StepDeadlines | None = None,
+    admission: Admission | None = None,
     around: Callable[[App], App] = lambda app: app,
 ) -> AsyncIterator[App]:
     """A router that works, as an ASGI application, until the block is left.
 
-    ``limits`` and ``steps`` override what ``config`` says, for tests mostly. ``around``:
-    what to put between the keys' guard and the rest (``siblings``).
+    ``limits`` and ``steps`` override what ``config`` says, for tests mostly. ``admission``: the
+    door, for whoever wants to close it. ``around``: what to put between the keys' guard and the
+    rest (``siblings``).
     """
-    limits = limits or Limits(max_body_bytes=config.max_body_bytes)
+    limits = limits or (admission.limits if admission is not None else config.limits)
+    admission = admission or Admission(limits)
     steps = steps or StepDeadlines(
         fetch_s=config.fetch_timeout_s,
         grace_s=config.fetch_timeout_s,
         prefill_s=min(StepDeadlines().prefill_s, config.request_timeout_s),
     )
     async with AsyncExitStack() as stack:
-        app = await _assemble(config, limits, steps, stack)
+        app = await _assemble(config, admission, steps, stack)
         yield with_cors(Guard(around(app), config.keys), config.cors_origins)
 
 
 async def _assemble(
-    config: RouterConfig, limits: Limits, deadlines: StepDeadlines, stack: AsyncExitStack
+    config: RouterConfig, admission: Admission, deadlines: StepDeadlines, stack: AsyncExitStack
 ) -> App:
+    limits = admission.limits
     total_s = config.request_timeout_s
     keys, trusted = config.keys, config.tls.instance_context()
     deadlines_of_http = Deadlines(config.connect_timeout_s, config.stall_timeout_s, total_s)
@@ -137,7 +145,9 @@ async def _assemble(
     stack.callback(tokenization.close)
     newcomers.tokenization = tokenization
     stack.push_async_callback(newcomers.close)
-    live = LiveRequests(upstream, limits.max_in_flight)
+    # Those that were answered a moment ago are here still.
+    here = limits.max_in_flight + limits.max_waiting + JUST_ANSWERED
+    live = LiveRequests(upstream, here)
     stack.push_async_callback(live.close)
     for listed in config.instances:
         instances.add_static(listed.url, listed.role)
@@ -165,6 +175,7 @@ async def _assemble(
         ),
         instances=instances,
         rotation=rotation,
+        admission=admission,
         live=live,
         metrics=metrics,
         limits=limits,
@@ -176,9 +187,12 @@ async def _assemble(
     metrics.registry.register(TreeCollector(tree, source_states))
     metrics.registry.register(SourceCollector(feed.status))
     most = limits.max_body_bytes
-    control = Control(instances, source_states, upstream, live, metrics, most)
+    control = Control(instances, source_states, upstream, live, metrics, admission, most)
     members = Members(instances, source_states, tree, most, feed.status)
-    rest = Passthrough(instances, upstream, metrics, rotation, most, keys)
+    leaving = Leaving(instances)
+    stack.push_async_callback(leaving.close)
+    workers = Workers(instances, upstream, leaving, most)
+    rest = Passthrough(instances, upstream, metrics, rotation, admission, most, keys)
     inference = {route.value: dispatcher for route in Route}
     explain = Explain(
         preparation=preparation,
@@ -191,7 +205,8 @@ async def _assemble(
         costs=costs,
         max_body_bytes=most,
     )
-    app = _application(dispatcher, control, members, Aliases(instances, most), explain, rest)
+    aliases = Aliases(instances, most)
+    app = _application(dispatcher, control, members, workers, aliases, explain, rest)
     return Shortcut(app, inference, INFERENCE_METHODS)
 
 
@@ -199,6 +214,7 @@ def _application(
     dispatcher: Dispatcher,
     control: Control,
     members: Members,
+    workers: Workers,
     aliases: Aliases,
     explain: Explain,
     rest: Passthrough,
@@ -223,7 +239,8 @@ def _application(
         ("/get_server_info", control.server_info, get),
         ("/workers", members.workers, get),
         ("/workers", members.add_worker, post),
-        ("/workers/{url:path}", members.remove_worker, ["DELETE"]),
+        ("/workers/{url:path}", workers.remove, ["DELETE"]),
+        ("/workers/{url:path}", workers.change, ["PATCH"]),
         ("/add_worker", aliases.add_worker, post),
         ("/remove_worker", aliases.remove_worker, post),
         ("/list_workers", aliases.list_workers, get),

@@ -17,6 +17,7 @@ from sglang_memserve.errors import ConfigError
 from sglang_memserve.types import InstanceId, Role
 
 from .flags import policy_name, translate
+from .limits import Limits
 from .policy.registry import POLICIES
 from .security import Keys, Tls
 
@@ -58,7 +59,11 @@ class RouterConfig:
     connect_timeout_s: float = 3.0
     stall_timeout_s: float = 120.0
     fetch_timeout_s: float = 10.0
+    drain_timeout_s: float = 30.0
     max_body_bytes: int = 64 * 2**20
+    max_concurrent_requests: int = 4096
+    queue_size: int = 1024
+    queue_timeout_s: float = 30.0
     log_level: str = "info"
     warning: str = ""
 
@@ -80,11 +85,18 @@ class RouterConfig:
             "fetch_timeout_s",
             "connect_timeout_s",
             "stall_timeout_s",
+            "drain_timeout_s",
+            "queue_timeout_s",
         ):
             value = getattr(self, name)
             if not 0 < value < math.inf:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be positive and finite, got {value}")
+        if self.max_concurrent_requests <= 0 or self.queue_size < 0:
+            raise ConfigError(
+                "--max-concurrent-requests must be positive and --queue-size not negative, "
+                f"got {self.max_concurrent_requests} and {self.queue_size}"
+            )
         if self.expire_s <= self.heartbeat_s:
             raise ConfigError(
                 f"--expire-s ({self.expire_s}) must be longer than --heartbeat-s "
@@ -108,6 +120,15 @@ class RouterConfig:
         for url in urls:
             if urls.count(url) > 1:
                 raise ConfigError(f"{url} is listed more than once")
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_body_bytes=self.max_body_bytes,
+            max_in_flight=self.max_concurrent_requests,
+            max_waiting=self.queue_size,
+            wait_s=self.queue_timeout_s,
+        )
 
     @property
     def keys(self) -> Keys:
@@ -150,6 +171,10 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
         request_timeout_s=args.request_timeout_s,
         connect_timeout_s=args.connect_timeout_s,
         stall_timeout_s=args.stall_timeout_s,
+        drain_timeout_s=args.drain_timeout_s,
+        max_concurrent_requests=args.max_concurrent_requests,
+        queue_size=args.queue_size,
+        queue_timeout_s=args.queue_timeout_s,
         fetch_timeout_s=args.fetch_timeout_s,
         max_body_bytes=parse_size(args.max_body_bytes),
         log_level=_LOG_LEVEL_SPELLINGS.get(level, level),
@@ -206,6 +231,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--request-timeout-s", type=float, default=defaults.request_timeout_s, metavar="S")
     add("--connect-timeout-s", type=float, default=defaults.connect_timeout_s, metavar="S")
     add("--stall-timeout-s", type=float, default=defaults.stall_timeout_s, metavar="S")
+    add("--drain-timeout-s", type=float, default=defaults.drain_timeout_s, metavar="S")
+    add(
+        "--max-concurrent-requests",
+        type=int,
+        default=defaults.max_concurrent_requests,
+        metavar="N",
+        help="what comes beyond waits in a queue (default: %(default)s)",
+    )
+    add("--queue-size", type=int, default=defaults.queue_size, metavar="N")
+    add("--queue-timeout-s", type=float, default=defaults.queue_timeout_s, metavar="S")
     add("--fetch-timeout-s", type=float, default=defaults.fetch_timeout_s, metavar="S")
     add("--max-body-bytes", default=str(defaults.max_body_bytes), metavar="SIZE")
     add("--log-level", default=defaults.log_level, help=", ".join(_LOG_LEVELS))

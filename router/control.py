@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from . import replies
+from .admission import Admission
 from .asgi import read_json
 from .instances import Instances
 from .live import LiveRequests
@@ -36,6 +37,7 @@ class Control:
     upstream: Upstream
     live: LiveRequests
     metrics: Metrics
+    admission: Admission
     max_body_bytes: int
 
     # -- probes --
@@ -45,7 +47,10 @@ class Control:
 
     async def health(self, _: Request) -> Response:
         """200 when an instance may be used now."""
-        return Response(status_code=200 if self.instances.views({}) else 503)
+        return Response(status_code=200 if self._serving() else 503)
+
+    def _serving(self) -> bool:
+        return not self.admission.draining and bool(self.instances.views({}))
 
     async def health_generate(self, _: Request) -> Response:
         """Asks the instances themselves: 200 when one of them generates."""
@@ -62,7 +67,10 @@ class Control:
         can_decode = any(view.role.can_decode for view in views)
         states, reasons = self.source_states(), self.instances.unavailable()
         body = {
-            "ready": bool(views),
+            "ready": self._serving(),
+            "draining": self.admission.draining,
+            "running": self.admission.running,
+            "waiting": self.admission.waiting,
             "can_prefill": can_prefill,
             "can_decode": can_decode,
             "members": [
@@ -76,7 +84,7 @@ class Control:
                 for member in self.instances.members()
             ],
         }
-        return json_response(body, 200 if views else 503)
+        return json_response(body, 200 if self._serving() else 503)
 
     async def expose_metrics(self, _: Request) -> Response:
         return Response(self.metrics.expose(), media_type=CONTENT_TYPE.decode())

@@ -14,9 +14,16 @@ import asyncio
 import logging
 import time
 
-from sglang_memserve.errors import LimitExceeded, NoInstance, PeerError, ProtocolError
+from sglang_memserve.errors import (
+    LimitExceeded,
+    NoInstance,
+    PeerError,
+    ProtocolError,
+    ShuttingDown,
+)
 
 from . import prompts, replies
+from .admission import Admission
 from .asgi import Broken, Client, ClientGone, read_body, refusal, until_gone
 from .forward import Forwarding
 from .headers import Verdict
@@ -48,6 +55,7 @@ class Dispatcher:
         resumption: Resumption,
         instances: Instances,
         rotation: Rotation,
+        admission: Admission,
         live: LiveRequests,
         metrics: Metrics,
         limits: Limits,
@@ -57,6 +65,7 @@ class Dispatcher:
         self._resumption = resumption
         self._instances = instances
         self._rotation = rotation
+        self._admission = admission
         self._live = live
         self._metrics = metrics
         self._limits = limits
@@ -80,14 +89,14 @@ class Dispatcher:
                 turn = Turn(route, client, data, request, live, started)
                 await self._while_client_stays(turn, receive)
         except LimitExceeded:
-            await client.reply(replies.too_many(self._limits.max_in_flight))
+            await client.reply(replies.too_many("too many requests are here"))
         finally:
             self._count(route, client)
 
     async def _while_client_stays(self, turn: Turn, receive: Receive) -> None:
         """Serve the request; drop everything the moment the client goes away."""
         self._metrics.in_flight.inc()
-        work = asyncio.create_task(self._serve(turn))
+        work = asyncio.create_task(self._admit(turn))
         gone = asyncio.create_task(until_gone(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -113,6 +122,15 @@ class Dispatcher:
             logger.warning("%s broke off: %s", turn.client.request_id, error)
 
     # -- one request --
+
+    async def _admit(self, turn: Turn) -> None:
+        try:
+            async with self._admission.slot():
+                await self._serve(turn)
+        except LimitExceeded as error:
+            await turn.client.reply(replies.too_many(str(error)))
+        except ShuttingDown as error:
+            await turn.client.reply(replies.shutting_down(str(error)))
 
     async def _serve(self, turn: Turn) -> None:
         model = turn.request.model if turn.route is not Route.GENERATE else None

@@ -20,6 +20,8 @@ MAX_FILE_BYTES = 2**20
 
 SPELLINGS = {
     "--request-timeout-secs": "--request-timeout-s",
+    "--queue-timeout-secs": "--queue-timeout-s",
+    "--shutdown-grace-period-secs": "--drain-timeout-s",
     "--max-payload-size": "--max-body-bytes",
     "--tokenizer-path": "--model-path",
     "--tls-cert-path": "--ssl-certfile",

@@ -69,6 +69,7 @@ class Instances:
         self._expire_s = expire_s
         self._breaker = breaker
         self._members: dict[InstanceId, Member] = {}
+        self._dismissed: dict[InstanceId, Generation] = {}
         self._gone: deque[tuple[float, Member]] = deque(maxlen=_REMEMBERED)
 
     # -- what instances say --
@@ -88,7 +89,10 @@ class Instances:
         Raises ProtocolError for an unknown role.
         """
         role = _role(beat.role)
-        member = self._members.get(InstanceId(beat.url.rstrip("/")))
+        instance = InstanceId(beat.url.rstrip("/"))
+        if self._dismissed.get(instance) == beat.generation:
+            return HeartbeatReply(known=True)
+        member = self._members.get(instance)
         if member is None or member.generation != beat.generation or not member.attached:
             return HeartbeatReply(known=False)
         member.role = member.fixed_role or role
@@ -116,6 +120,7 @@ class Instances:
         Raises ConfigError for a malformed URL.
         """
         instance = InstanceId(parse_url(url))
+        self._dismissed.pop(instance, None)
         member = self._members.get(instance)
         if member is None:
             member = self._new_member(instance, _UNKNOWN, role or Role.BOTH)
@@ -170,6 +175,24 @@ class Instances:
     def remove(self, instance: InstanceId) -> None:
         """Forget it (it may register again). Raises ConfigError if unknown."""
         self._remove(self._require(instance), "was removed")
+
+    def dismiss(self, instance: InstanceId) -> None:
+        """Remove it for as long as it is this boot: what it says is heard politely and ignored.
+        Added by hand it is back. The unknown are ignored."""
+        member = self._members.get(instance)
+        if member is None:
+            return
+        self._remove(member, "was drained")
+        self._dismissed[instance] = member.generation
+        while len(self._dismissed) > _REMEMBERED:
+            del self._dismissed[next(iter(self._dismissed))]
+
+    def assign(self, instance: InstanceId, role: Role) -> None:
+        """A role from the operator, which holds for a listed URL whatever it says itself."""
+        member = self._require(instance)
+        member.role = role
+        if member.fixed_role is not None or member.info is None:
+            member.fixed_role = role
 
     def set_role(self, instance: InstanceId, role: Role) -> None:
         """An assignment, at once; the instance's next heartbeat confirms or overrules it."""
@@ -278,6 +301,9 @@ class Instances:
         role = _role(info.role)
         info = msgspec.structs.replace(info, url=instance)
         self._require_same_pages(info)
+        if self._dismissed.get(instance) == info.generation:
+            return
+        self._dismissed.pop(instance, None)
         member = self._members.get(instance)
         if member is None:
             if static:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 import msgspec
 from sglang_memserve.config import parse_role
@@ -15,12 +14,11 @@ from sglang_memserve.types import InstanceId, Role
 from starlette.requests import Request
 from starlette.responses import Response
 
-from . import replies
 from .asgi import read_json
 from .instances import Instances
 from .member import MemberStatus
 from .merged_tree import MergedTree
-from .replies import as_response, json_response
+from .replies import json_response
 from .source_metrics import Statuses, described
 
 MAX_DUMPED_NODES = 10_000
@@ -72,14 +70,6 @@ class Members:
         if not isinstance(url, str):
             raise ConfigError("a worker needs a 'url', and maybe a 'role'")
         return json_response({"url": self.instances.add_static(url, role)}, 202)
-
-    async def remove_worker(self, request: Request) -> Response:
-        url = InstanceId(unquote(request.path_params["url"]).rstrip("/"))
-        known = [member.id for member in self.instances.members()]
-        if url not in known:
-            return as_response(replies.error(404, f"unknown worker {url}"))
-        self.instances.remove(url)
-        return json_response({"url": url})
 
     async def dump_tree(self, _: Request) -> Response:
         """The merged tree, at most ``MAX_DUMPED_NODES`` nodes and ``MAX_DUMPED_KEYS``

@@ -10,10 +10,11 @@ import asyncio
 import logging
 
 import orjson
-from sglang_memserve.errors import LimitExceeded, NoInstance, PeerError
+from sglang_memserve.errors import LimitExceeded, NoInstance, PeerError, ShuttingDown
 from sglang_memserve.types import InstanceId
 
 from . import replies
+from .admission import Admission
 from .asgi import Broken, Client, ClientGone, read_body, refusal, until_gone
 from .headers import Verdict, to_instance
 from .instances import Instances
@@ -50,6 +51,7 @@ class Passthrough:
         upstream: Upstream,
         metrics: Metrics,
         rotation: Rotation,
+        admission: Admission,
         max_body_bytes: int,
         keys: Keys,
     ) -> None:
@@ -57,6 +59,7 @@ class Passthrough:
         self._upstream = upstream
         self._metrics = metrics
         self._rotation = rotation
+        self._admission = admission
         self._max_body_bytes = max_body_bytes
         self._keys = keys
         self._names = ModelNames(instances)
@@ -74,7 +77,7 @@ class Passthrough:
         if unknown is not None:
             await client.reply(replies.unknown_model(unknown))
             return
-        work = asyncio.create_task(self._serve(client, data))
+        work = asyncio.create_task(self._admit(client, data))
         gone = asyncio.create_task(until_gone(receive))
         try:
             await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -92,6 +95,18 @@ class Passthrough:
         except Broken as error:
             # Returning without having ended the answer makes the server cut the connection.
             logger.warning("%s broke off: %s", client.request_id, error)
+
+    async def _admit(self, client: Client, data: bytes) -> None:
+        if client.path in DESCRIBING:
+            await self._serve(client, data)
+            return
+        try:
+            async with self._admission.slot():
+                await self._serve(client, data)
+        except LimitExceeded as error:
+            await client.reply(replies.too_many(str(error)))
+        except ShuttingDown as error:
+            await client.reply(replies.shutting_down(str(error)))
 
     async def _serve(self, client: Client, data: bytes) -> None:
         failed: set[InstanceId] = set()

@@ -111,9 +111,16 @@ def closing(status: int, message: str) -> Reply:
     return reply
 
 
-def too_many(limit: int) -> Reply:
-    reply = error(429, f"{limit} requests are in flight already; try again")
+def too_many(why: str) -> Reply:
+    reply = error(429, f"{why}: try again")
     reply.headers.append((b"retry-after", b"1"))
+    return reply
+
+
+def shutting_down(why: str) -> Reply:
+    """For another router, or for this one when it is back."""
+    reply = error(503, f"{why}: try again")
+    reply.headers.extend([(b"retry-after", b"5"), (b"connection", b"close")])
     return reply
 
 

@@ -11,9 +11,11 @@ from contextlib import AsyncExitStack
 
 import uvicorn
 
+from .admission import Admission
 from .app import running
 from .config import RouterConfig
 from .connection import BoundedProtocol
+from .drain import DrainingServer
 from .listening import listen, shown
 from .place import Place
 from .replies import App
@@ -23,7 +25,8 @@ logger = logging.getLogger(__name__)
 
 # Clients that open a connection a minute keep it; the instances' side has its own figure.
 KEEP_ALIVE_S = 75
-DRAIN_S = 30
+# For what is left of answers when everything else has ended.
+CLOSE_S = 3
 
 
 def run(config: RouterConfig, place: Place | None) -> None:
@@ -43,20 +46,23 @@ def run(config: RouterConfig, place: Place | None) -> None:
 
 
 async def serve(config: RouterConfig, listener: socket.socket) -> None:
-    """Until SIGTERM or SIGINT: then no new connection, and ``DRAIN_S`` for what is running."""
-    async with running(config) as app:
+    """Until SIGTERM or SIGINT: see ``drain``."""
+    admission = Admission(config.limits)
+    async with running(config, admission=admission) as app:
         host, port = listener.getsockname()[:2]
         _warn_of_strangers(config, host)
         where = shown(config.tls.scheme, host, port)
         print(f"router listening on {where} (policy {config.policy})", flush=True)
-        await _server(app, config).serve(sockets=[listener])
+        await _server(app, config, admission).serve(sockets=[listener])
 
 
 async def _serve_with_others(config: RouterConfig, place: Place) -> None:
     """As ``serve``, but listen only when the others' knowledge is here."""
     siblings = Siblings(place)
+    admission = Admission(config.limits)
     async with AsyncExitStack() as stack:
-        app = await stack.enter_async_context(running(config, around=siblings.around))
+        router = running(config, admission=admission, around=siblings.around)
+        app = await stack.enter_async_context(router)
         stack.push_async_callback(siblings.close)
         await siblings.start()
         if place.index == 0:
@@ -64,30 +70,29 @@ async def _serve_with_others(config: RouterConfig, place: Place) -> None:
         listener = stack.enter_context(listen(config.host, config.port, socket.SO_REUSEPORT))
         signs = asyncio.create_task(siblings.give_signs(), name="signs of life")
         try:
-            await _server(app, config).serve(sockets=[listener])
+            await _server(app, config, admission).serve(sockets=[listener])
         finally:
             signs.cancel()
             await asyncio.gather(signs, return_exceptions=True)
 
 
-def _server(app: App, config: RouterConfig) -> uvicorn.Server:
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            lifespan="off",
-            access_log=False,
-            log_config=None,
-            log_level="warning",
-            http=BoundedProtocol,
-            ws="none",
-            timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=DRAIN_S,
-            server_header=False,
-            # Nobody here asks for the client's address.
-            proxy_headers=False,
-            **config.tls.uvicorn_options(),
-        )
+def _server(app: App, config: RouterConfig, admission: Admission) -> DrainingServer:
+    settings = uvicorn.Config(
+        app,
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        log_level="warning",
+        http=BoundedProtocol,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=CLOSE_S,
+        server_header=False,
+        # Nobody here asks for the client's address.
+        proxy_headers=False,
+        **config.tls.uvicorn_options(),
     )
+    return DrainingServer(settings, admission, config.drain_timeout_s)
 
 
 def _warn_of_strangers(config: RouterConfig, host: str) -> None:

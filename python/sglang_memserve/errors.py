@@ -13,6 +13,7 @@ MemServeError
 ├── CopyStalled            a copy between HBM and DRAM does not end
 ├── DeviceError            the accelerator or its driver refused something
 ├── NoInstance             no instance can serve a request; says why each cannot
+├── ShuttingDown           it ends, and takes nothing new
 └── LimitExceeded          a configured bound was reached
 
 Expected outcomes (a miss, a partial match, nothing to fetch) are return values, not exceptions.
@@ -83,6 +84,10 @@ class NoInstance(MemServeError):
     def including(self, reasons: Mapping[str, str]) -> NoInstance:
         """The same error with the reasons of more instances."""
         return NoInstance({**self.reasons, **reasons})
+
+
+class ShuttingDown(MemServeError):
+    pass
 
 
 class LimitExceeded(MemServeError):

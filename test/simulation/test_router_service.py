@@ -256,7 +256,7 @@ def test_too_many_requests_at_once() -> None:
             await well(asked, line)
 
         d = Machine(Role.BOTH, slow)
-        async with router_over(d, limits=Limits(max_in_flight=1)) as router:
+        async with router_over(d, limits=Limits(max_in_flight=1, max_waiting=0)) as router:
             first = asyncio.create_task(router.post("/generate", {"input_ids": PROMPT}))
             await d.wait_for("/generate")
             second = await router.post("/generate", {"input_ids": PROMPT})

@@ -76,7 +76,7 @@ def test_error_shapes() -> None:
     assert nobody.status == 503
     assert orjson.loads(nobody.body)["instances"] == [{"url": "http://a", "reason": "not ready"}]
     assert "http://a: not ready" in orjson.loads(nobody.body)["message"]
-    assert (b"retry-after", b"1") in replies.too_many(3).headers
+    assert (b"retry-after", b"1") in replies.too_many("3 requests run").headers
 
 
 @pytest.mark.parametrize(
