@@ -15,7 +15,7 @@ In dependency order:
 ``feed`` ``polling``   shells: residency events, listed URLs
 ``prompts`` ``chat_template`` ``pieces`` ``tokenize``   bodies to token ids
 ``ids`` ``headers`` ``replies`` ``models``   what is said to clients and instances
-``metrics``        what is counted
+``labels`` ``metrics``   what is counted
 ``proxy`` ``live``   HTTP to instances, and stopping it
 ``introductions``  a shell: tells instances who the others are
 ``placement``      token ids to a plan

@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from sglang_memserve.errors import (
     ConfigError,
     LimitExceeded,
@@ -68,6 +69,7 @@ from .source_metrics import SourceCollector
 from .steps import Steps
 from .tokenize import Tokenization
 from .trust import TrustedTree
+from .watching import Watching
 from .workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -131,11 +133,13 @@ async def _assemble(
     feed = Feed(tree, session, clock=time.monotonic, wall_clock=time.time, headers=key)
     stack.push_async_callback(feed.close)
     bookings = Bookings(time.monotonic, costs)
+    watching = Watching(config, upstream, metrics)
+    stack.push_async_callback(watching.close)
     newcomers, introductions = Newcomers(costs, bookings), Introductions(upstream)
     stack.push_async_callback(introductions.close)
     instances = Instances(
         time.monotonic,
-        [feed, newcomers, introductions],
+        [feed, newcomers, introductions, watching],
         heartbeat_s=config.heartbeat_s,
         expire_s=config.expire_s,
     )
@@ -165,6 +169,7 @@ async def _assemble(
         bookings=bookings,
         steps=Steps(upstream, instances, costs, metrics, deadlines),
         metrics=metrics,
+        journal=watching.journal,
     )
     forwarding = Forwarding(instances, upstream, costs, metrics, keys)
     dispatcher = Dispatcher(
@@ -178,6 +183,7 @@ async def _assemble(
         admission=admission,
         live=live,
         metrics=metrics,
+        journal=watching.journal,
         limits=limits,
     )
 
@@ -207,6 +213,10 @@ async def _assemble(
     )
     aliases = Aliases(instances, most)
     app = _application(dispatcher, control, members, workers, aliases, explain, rest)
+    app.router.routes[:0] = [
+        APIRoute(path, handler, methods=methods, response_model=None, include_in_schema=False)
+        for path, handler, methods in watching.open(instances, tree, source_states)
+    ]
     return Shortcut(app, inference, INFERENCE_METHODS)
 
 

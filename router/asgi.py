@@ -18,6 +18,7 @@ from .streams import Stream
 
 DONE = b"data: [DONE]\n\n"
 TAIL_BYTES = len(DONE)
+FRAME = b"data: "
 # A body may take this long, and as much longer as its bytes need at the pace of a poor line.
 BODY_GRACE_S = 30.0
 BODY_BYTES_PER_S = 32 * 2**10
@@ -99,6 +100,7 @@ class Client:
         self.request_id = header.request_id(self.headers)
         self.status = 0
         self.complete = False
+        self.frames = 0
         self._send = send
 
     @property
@@ -120,14 +122,17 @@ class Client:
         """
         await self._start(answer, extra)
         tail = b""
+        framed = answer.is_event_stream
         try:
             async for chunk in answer.chunks():
+                if framed:
+                    self.frames += chunk.count(FRAME)
                 await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
                 tail = (
                     (tail + chunk)[-TAIL_BYTES:] if len(chunk) < TAIL_BYTES else chunk[-TAIL_BYTES:]
                 )
                 # Clients hang up when they have read this, before the instance ends the body.
-                self.complete = answer.is_event_stream and tail == DONE
+                self.complete = framed and tail == DONE
         except PeerError as error:
             if not answer.is_event_stream:
                 raise Broken(str(error)) from error
@@ -148,10 +153,12 @@ class Client:
             await self._start(answer, extra)
         async for chunk in answer.chunks():
             data = stream.feed(chunk)
+            self.frames += data.count(FRAME)
             self.complete = stream.done
             if data:
                 await self._send({"type": "http.response.body", "body": data, "more_body": True})
         last = stream.at_end()
+        self.frames += last.count(FRAME)
         self.complete = True
         await self._send({"type": "http.response.body", "body": last})
 

@@ -28,6 +28,7 @@ from .asgi import Broken, Client, ClientGone, read_body, refusal, until_gone
 from .forward import Forwarding
 from .headers import Verdict
 from .instances import Instances
+from .journal import Journal
 from .limits import Limits
 from .live import LiveRequests
 from .metrics import Metrics
@@ -58,6 +59,7 @@ class Dispatcher:
         admission: Admission,
         live: LiveRequests,
         metrics: Metrics,
+        journal: Journal,
         limits: Limits,
     ) -> None:
         self._preparation = preparation
@@ -68,6 +70,7 @@ class Dispatcher:
         self._admission = admission
         self._live = live
         self._metrics = metrics
+        self._journal = journal
         self._limits = limits
         self._names = ModelNames(instances)
 
@@ -96,6 +99,7 @@ class Dispatcher:
     async def _while_client_stays(self, turn: Turn, receive: Receive) -> None:
         """Serve the request; drop everything the moment the client goes away."""
         self._metrics.in_flight.inc()
+        self._journal.entered(turn)
         work = asyncio.create_task(self._admit(turn))
         gone = asyncio.create_task(until_gone(receive))
         try:
@@ -192,6 +196,11 @@ class Dispatcher:
     def _log(self, turn: Turn) -> None:
         total_s = time.monotonic() - turn.started
         self._metrics.jct.labels(turn.route.value).observe(total_s)
+        if turn.first_byte_s is not None:
+            # Neither the first frame nor the last, [DONE], is a step between two tokens.
+            streamed_s = total_s - turn.first_byte_s
+            self._metrics.book_stream(turn.route.value, turn.client.frames - 2, streamed_s)
+        self._journal.left(turn, total_s)
         verdict = turn.verdict
         logger.info(
             "%s %s %s prompt=%d cached=%s ttft=%s total=%.0fms prefill=%s decode=%s (%s)",

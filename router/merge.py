@@ -11,6 +11,8 @@ import orjson
 _SOURCE_ORDER = ("exact", "syncing", "degraded", "stale")
 _COUNTED_KINDS = frozenset({"counter", "histogram", "summary"})
 _OWN_GAUGES = frozenset({"memserve_requests_in_flight"})
+# Instances' own counters: every process shows the same.
+_TOLD = frozenset({"memserve_evicted_blocks_total"})
 _OWN = "memserve_"
 
 
@@ -83,7 +85,7 @@ def _families(text: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _is_own_work(name: str, lines: Sequence[str]) -> bool:
-    if not name.startswith(_OWN):
+    if not name.startswith(_OWN) or name in _TOLD:
         return False
     kind = next((line.split(" ")[3] for line in lines if line.startswith("# TYPE ")), "")
     return kind in _COUNTED_KINDS or name in _OWN_GAUGES or name.endswith("_created")

@@ -5,6 +5,7 @@ The token funnel of a request is booked once, when its plan has been carried out
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from prometheus_client.registry import Collector
 from sglang_memserve.protocol.http import FetchResult
 from sglang_memserve.types import Tier
 
+from .labels import Bounded, Departed
 from .merged_tree import MergedTree
 
 SourceStates = Callable[[], Mapping[str, str]]
@@ -71,6 +73,7 @@ class Metrics:
     routing: Histogram = field(init=False)
     ttft: Histogram = field(init=False)
     jct: Histogram = field(init=False)
+    tpot: Histogram = field(init=False)
     prompt_tokens: Counter = field(init=False)
     best_match_tokens: Counter = field(init=False)
     selected_match_tokens: Counter = field(init=False)
@@ -80,6 +83,8 @@ class Metrics:
     transfer_seconds: Histogram = field(init=False)
     transfer_bytes: Counter = field(init=False)
     transfer_failures: Counter = field(init=False)
+    _reasons: Bounded = field(default_factory=Bounded)
+    _departed: Departed = field(init=False)
 
     def __post_init__(self) -> None:
         self._requests()
@@ -105,6 +110,9 @@ class Metrics:
         )
         self.ttft = histogram("ttft_seconds", "Request to first byte", LATENCY_BUCKETS, "route")
         self.jct = histogram("jct_seconds", "Request to last byte", LATENCY_BUCKETS, "route")
+        self.tpot = histogram(
+            "tpot_seconds", "Between two frames of a stream, on average", LATENCY_BUCKETS, "route"
+        )
 
     def _tokens(self) -> None:
         def tokens(name: str, text: str, *more: str) -> Counter:
@@ -131,6 +139,7 @@ class Metrics:
         self.transfer_failures = self._counter(
             "kv_transfer_failures", "Fetches that did not get all pages", "reason"
         )
+        self._departed = Departed((self.transferred_tokens, self.transfer_bytes))
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"memserve_{name}", text, labels, registry=self.registry)
@@ -156,13 +165,29 @@ class Metrics:
         result = fetched.result
         if result.fetched_pages:
             pair = (fetched.source, fetched.target)
+            self._departed.used(pair)
             self.transferred_tokens.labels(*pair).inc(result.fetched_pages * page_size)
             self.transfer_bytes.labels(*pair).inc(result.fetched_bytes)
             self.transfer_seconds.observe(result.seconds)
         if result.readable_pages < result.requested_pages:
-            self.transfer_failures.labels(short_reason(result.outcome)).inc()
+            reason = self._reasons(short_reason(result.outcome))
+            self.transfer_failures.labels(reason).inc()
+
+    def book_stream(self, route: str, frames: int, seconds: float) -> None:
+        """``frames`` after the first, in ``seconds``: a token each, unless the client asked its
+        instance for several at a time."""
+        if frames > 0:
+            self.tpot.labels(route).observe(seconds / frames)
+
+    def left(self, instance: str, now: float) -> None:
+        """Its (source, target) labels go a while from now (monotonic)."""
+        self._departed.left(instance, now)
+
+    def returned(self, instance: str) -> None:
+        self._departed.returned(instance)
 
     def expose(self) -> bytes:
+        self._departed.sweep(time.monotonic())
         return generate_latest(self.registry)
 
 

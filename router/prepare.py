@@ -6,6 +6,7 @@ from .backlog import Ending
 from .bookings import Bookings, Order
 from .headers import Verdict
 from .instances import Instances
+from .journal import Journal
 from .merged_tree import Matcher
 from .metrics import Funnel, Metrics
 from .models import ModelNames
@@ -45,6 +46,7 @@ class Preparation:
         bookings: Bookings,
         steps: Steps,
         metrics: Metrics,
+        journal: Journal,
     ) -> None:
         self._instances = instances
         self._tree = tree
@@ -55,6 +57,7 @@ class Preparation:
         self._bookings = bookings
         self._steps = steps
         self._metrics = metrics
+        self._journal = journal
         self._names = ModelNames(instances)
 
     def too_long(self, request: Request, size: int) -> str:
@@ -124,7 +127,12 @@ class Preparation:
                 plan, Order(prompt_of(keyed, session), keyed.one_chain(), _ending(turn)), views
             )
         turn.book(booking)
+        self._journal.planned(keyed, holdings)
+        turn.verdict = Verdict(
+            turn.client.request_id, plan.prefill, plan.decode, reason=plan.reason
+        )
         result = await self._steps.run(turn.request, keyed, holdings, plan, turn.live, booking)
+        self._journal.moved(result.fetched)
         return self._prepared(turn, keyed, holdings, plan, result)
 
     def _prepared(

@@ -20,6 +20,7 @@ _ORDER = (
     "property",
     "contract",
     "simulation",
+    "browser",
     "architecture",
     "gpu",
     "faults",
