@@ -17,6 +17,7 @@ from sglang_memserve.transfer.base import ReadState, Transport
 from sglang_memserve.transfer.faulty import Faults, FaultyTransport
 from sglang_memserve.transfer.loopback import LoopbackTransport
 from sglang_memserve.transfer.nixl import NixlTransport
+from sglang_memserve.transfer.regions import describe, understand
 
 BLOCK = 4096
 BLOCKS = 64
@@ -96,6 +97,22 @@ def make(request: pytest.FixtureRequest) -> Callable[[str], Transport]:
 def pair(make: Callable[[str], Transport]) -> Iterator[Pair]:
     with ExitStack() as stack:
         yield Pair(make, stack)
+
+
+def test_metadata_tell_the_name(pair: Pair) -> None:
+    assert pair.reader.name_in(pair.holder.metadata()) == pair.peer
+
+
+def test_metadata_under_another_name_are_refused() -> None:
+    """Of NIXL, whose library has a name of its own; the agent it really belongs to is unharmed."""
+    with ExitStack() as stack:
+        pair = Pair(NixlTransport, stack)
+        described, regions = understand(pair.holder.metadata())
+        for name in ("somebody", f"{described.name}-2"):
+            with pytest.raises(TransferFailed, match="came under the name"):
+                pair.reader.connect(describe(name, regions, described.library))
+        assert pair.read([(3, 5)]) is ReadState.DONE
+        assert pair.ours.block(5) == pair.theirs.block(3)
 
 
 def test_scattered_blocks_arrive_and_nothing_else_changes(pair: Pair) -> None:

@@ -60,6 +60,9 @@ class FakeTransport:
     def metadata(self) -> bytes:
         raise NotImplementedError
 
+    def name_in(self, metadata: bytes) -> str:
+        return metadata.decode()
+
     def connect(self, metadata: bytes) -> str:
         if self.refusing:
             raise TransferFailed("refused")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 from sglang_memserve.config import Limits
 from sglang_memserve.errors import LimitExceeded
@@ -19,7 +20,9 @@ from sglang_memserve.protocol.control import (
     Message,
     ReleaseReply,
     ReleaseRequest,
+    Source,
 )
+from sglang_memserve.transfer.base import ReadState
 from sglang_memserve.transfer.loopback import LoopbackTransport
 from sglang_memserve.transfer.port import FetchSettings
 from sglang_memserve.transfer.session import Sessions
@@ -30,6 +33,7 @@ NAMESPACE = Namespace("m", "1", "float16", 4, 1, 1, 8, 8, 0, 1)
 KEYS = [PageKey(bytes([index + 1]) * 32) for index in range(8)]
 HELLO = Hello(1, "reader", "reader", NAMESPACE)
 BLOCK = NAMESPACE.block_bytes
+A, B = "tcp://a:1", "tcp://b:1"
 LIMITS = Limits(
     max_fetches=2, max_queued_fetches=2, max_grace_leases=3, max_peers=2, peer_idle_s=10.0
 )
@@ -109,6 +113,15 @@ class Bench:
                 reply = self.answer(message)
                 self.sessions.on_message(peer, request_id, reply, self.now)
             self.sessions.check()
+
+    def answer_all(self, address: str, reply: Message | None = None) -> None:
+        """What has been sent so far, without looking at reads."""
+        link, peer = self.links[address], self.sessions.peer(address)
+        assert peer is not None
+        for request_id, message in link.sent[:]:
+            link.sent.remove((request_id, message))
+            self.sessions.on_message(peer, request_id, reply or self.answer(message), self.now)
+        self.sessions.check()
 
     def answer(self, message: Message) -> Message:
         match message:
@@ -231,6 +244,75 @@ def test_the_queue_is_bounded_and_its_deadlines_count_from_arrival(bench: Bench)
     bench.pass_time(0.5)
     assert [reply.outcome for reply in bench.replies] == ["peer_unreachable"] * 2 + ["deadline"] * 2
     assert all(reply.seconds == pytest.approx(0.5) for reply in bench.replies)
+
+
+def test_a_queued_fetch_ends_at_its_deadline(bench: Bench) -> None:
+    """Also while no turn is free for it."""
+    for number in range(4):
+        bench.submit("tcp://a:1", deadline_s=5.0 if number < 2 else 0.5)
+    assert bench.sessions.wake_s(bench.now) == bench.now + 0.5
+    bench.pass_time(0.6)
+    assert [reply.outcome for reply in bench.replies] == ["deadline", "deadline"]
+    assert bench.sessions.stats()["fetches_queued"] == 0
+    assert bench.sessions.stats()["fetches_active"] == 2
+
+
+def test_reads_end_with_the_fetch_that_another_read_ended(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two reads are found ended after the deadline: the first ends the fetch, which gives the
+    second one up before it is looked at."""
+    sources = [Source("p", A, 0, 4), Source("p", B, 4, 4)]
+    request = FetchRequest(sources, list(KEYS), 0.0, 5.0)
+    bench.sessions.submit(request, bench.now, bench.replies.append)
+    with monkeypatch.context() as held:
+        held.setattr(bench.transport, "poll", lambda handle: ReadState.RUNNING)
+        for address in (A, B):
+            bench.answer_all(address)
+            bench.answer_all(address)
+        assert bench.sessions.stats()["fetches_active"] == 1 and bench.sessions.reading
+    bench.now += 6.0
+    bench.sessions.poll_reads(bench.now)
+    bench.sessions.check()
+    assert [reply.outcome for reply in bench.replies] == ["deadline"]
+    bench.pass_time(0.1)
+    assert bench.sessions.stats()["quarantined_blocks"] == 0
+    assert bench.pool.stats()["filling_blocks"] == 0
+
+
+def test_a_fetch_does_not_hang_up_on_its_own_sources(bench: Bench) -> None:
+    """When only one peer more may be known, the second source is the one that is left out."""
+    bench.submit("tcp://x:1", pages=1)
+    request = FetchRequest([Source("p", A), Source("p", B)], list(KEYS), 0.0, 5.0)
+    bench.sessions.submit(request, bench.now, bench.replies.append)
+    bench.sessions.check()
+    assert not bench.hung_up(A)
+    bench.serve(A)
+    (reply,) = bench.replies
+    assert reply.outcome == "complete" and reply.sources[1].outcome == "limit_exceeded", reply
+
+
+def test_a_peer_cannot_name_itself_as_another_does(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other can be read from as before, and so can one holder under two addresses."""
+    bench.submit(A, pages=2)
+    bench.serve(A)
+    bench.submit(B, pages=4)
+    bench.serve(B)
+    assert [reply.outcome for reply in bench.replies] == ["complete"] * 2
+    bench.pass_time(20.0)
+    monkeypatch.setattr(bench.transport, "name_in", lambda metadata: bench.holder.name)
+    hello = bench.answer(Hello(1, "reader", "reader", NAMESPACE))
+    assert isinstance(hello, HelloReply)
+    bench.submit("tcp://liar:1", pages=6)
+    lie = msgspec.structs.replace(hello, generation="other", transport_metadata=b"cut off")
+    bench.answer_all("tcp://liar:1", lie)
+    assert bench.replies[-1].outcome == "transfer_failed", bench.replies[-1]
+    assert "as tcp://" in bench.replies[-1].sources[0].detail
+    bench.submit(A, pages=8)
+    bench.serve(A)
+    assert bench.replies[-1].outcome == "complete"
 
 
 def test_a_lease_that_comes_too_late_is_given_back(bench: Bench) -> None:

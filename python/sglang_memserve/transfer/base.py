@@ -179,6 +179,10 @@ class Transport(Protocol):
         """What a peer needs to read from us. Call after ``register``, and again after a change."""
         ...
 
+    def name_in(self, metadata: bytes) -> str:
+        """The name that ``connect`` will give. Raises TransferFailed for what is no metadata."""
+        ...
+
     def connect(self, metadata: bytes) -> str:
         """Learn a peer; returns the name to use for it. Doing it again renews the connection; with
         newer metadata of the same peer, its new memory is learnt, also while reads from it run.

@@ -74,6 +74,9 @@ class FaultyTransport:
     def metadata(self) -> bytes:
         return self._inner.metadata()
 
+    def name_in(self, metadata: bytes) -> str:
+        return self._inner.name_in(metadata)
+
     def connect(self, metadata: bytes) -> str:
         if self._happens(self._faults.connect):
             raise TransferFailed("injected: connect")

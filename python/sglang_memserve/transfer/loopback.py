@@ -56,8 +56,11 @@ class LoopbackTransport:
     def metadata(self) -> bytes:
         return self.name.encode()
 
+    def name_in(self, metadata: bytes) -> str:
+        return metadata.decode(errors="replace")
+
     def connect(self, metadata: bytes) -> str:
-        name = metadata.decode(errors="replace")
+        name = self.name_in(metadata)
         self._find(name)
         self._peers.add(name)
         return name

@@ -34,7 +34,7 @@ import numpy as np
 from ..errors import TransferFailed
 from .base import ReadState
 from .plan import Segments, batches
-from .regions import Regions, describe, segments_within, understand
+from .regions import Description, Regions, describe, segments_within, understand
 
 log = logging.getLogger(__name__)
 
@@ -98,13 +98,15 @@ class NixlTransport:
     def metadata(self) -> bytes:
         return describe(self.name, self._regions, self._open().metadata())
 
+    def name_in(self, metadata: bytes) -> str:
+        return understand(metadata)[0].name
+
     def connect(self, metadata: bytes) -> str:
-        nixl = self._open()
         described, regions = understand(metadata)
         known = self._peers.get(described.name)
         changed = known is not None and known.metadata != metadata
         if known is not None and changed and not regions.replaces_any(known.seen):
-            nixl.add_peer(described.library)
+            self._add(described)
             seen = Regions({*known.seen, *regions})
             self._peers[described.name] = _Peer(metadata, regions, seen)
             self._leaving.discard(described.name)
@@ -113,12 +115,16 @@ class NixlTransport:
             if self._has_reads(described.name):
                 raise TransferFailed(f"earlier reads from {described.name} have not ended")
             self._remove(described.name)
-        name = nixl.add_peer(described.library)
+        self._add(described)
+        self._peers[described.name] = _Peer(metadata, regions, regions)
+        return described.name
+
+    def _add(self, described: Description) -> None:
+        name = self._open().add_peer(described.library)
         if name != described.name:
-            nixl.remove_peer(name)
+            if name not in self._peers:
+                self._open().remove_peer(name)
             raise TransferFailed(f"metadata of {name!r} came under the name {described.name!r}")
-        self._peers[name] = _Peer(metadata, regions, regions)
-        return name
 
     def disconnect(self, peer: str) -> None:
         if self._has_reads(peer):
@@ -251,7 +257,7 @@ class RawNixl:
 
     def add_peer(self, metadata: bytes) -> str:
         try:
-            return str(self._agent.loadRemoteMD(metadata), "utf-8")
+            return str(self._agent.loadRemoteMD(metadata), "utf-8", "replace")
         except self._errors as error:
             raise TransferFailed(f"NIXL cannot reach the peer: {_explain(error)}") from error
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..config import Limits
-from ..errors import LimitExceeded
+from ..errors import LimitExceeded, TransferFailed
 from ..protocol import handshake
 from ..protocol.control import Hello, HelloReply, Message
 from .base import Transport
@@ -63,6 +63,8 @@ class PeerTable:
         self._peers: dict[str, Peer] = {}
         # Connections without a link, by address, the longest idle first; at most ``max_peers``.
         self._idle: dict[str, Greeting] = {}
+        # What each connection of the transport was made of, and the peer that it is of.
+        self._made_of: dict[str, tuple[str, bytes]] = {}
         self._next_request = 1
 
     def __len__(self) -> int:
@@ -109,20 +111,29 @@ class PeerTable:
         handshake.require_same_namespace(self._hello.namespace, reply.namespace)
         if peer.connected is None or peer.connected.generation != reply.generation:
             self.disconnect(peer)
-            name = self._transport.connect(reply.transport_metadata)
-            peer.connected = _greeting(reply, name)
+            peer.connected = self._connect(peer, reply)
         elif peer.connected.memory_version < reply.memory_version:
             # In place: what is being read from it goes on.
-            name = self._transport.connect(reply.transport_metadata)
-            peer.connected = _greeting(reply, name)
+            peer.connected = self._connect(peer, reply)
         peer.greeting = peer.connected
         return peer.connected
+
+    def _connect(self, peer: Peer, reply: HelloReply) -> Greeting:
+        metadata = reply.transport_metadata
+        name = self._transport.name_in(metadata)
+        owner, known = self._made_of.get(name, (peer.address, metadata))
+        if owner != peer.address and known != metadata:
+            # The library would take it for news of the other, and what breaks then is the other.
+            raise TransferFailed(f"{peer.address} names itself {name}, as {owner} does")
+        connected = self._transport.connect(metadata)
+        self._made_of[name] = (owner, metadata)
+        return Greeting(reply.generation, connected, tuple(reply.memory), reply.memory_version)
 
     def disconnect(self, peer: Peer) -> None:
         """The transport has to learn the peer anew, and the peer to be greeted."""
         peer.greeting = None
         if peer.connected is not None:
-            self._transport.disconnect(peer.connected.transport_name)
+            self._disconnect(peer.connected)
             peer.connected = None
 
     def forget(self, peer: Peer) -> bool:
@@ -150,6 +161,9 @@ class PeerTable:
         assert len(self._peers) <= self.limits.max_peers
         assert len(self._idle) <= self.limits.max_peers
         assert not self._idle.keys() & self._peers.keys()
+        connected = [peer.connected for peer in self._peers.values() if peer.connected is not None]
+        names = {greeting.transport_name for greeting in [*connected, *self._idle.values()]}
+        assert self._made_of.keys() <= names, self._made_of.keys() - names
         for address, peer in self._peers.items():
             assert peer.address == address
             assert peer.greeting is None or peer.greeting == peer.connected
@@ -161,7 +175,11 @@ class PeerTable:
             self._idle[peer.address] = peer.connected
             if len(self._idle) > self.limits.max_peers:
                 longest = next(iter(self._idle))
-                self._transport.disconnect(self._idle.pop(longest).transport_name)
+                self._disconnect(self._idle.pop(longest))
+
+    def _disconnect(self, connected: Greeting) -> None:
+        self._made_of.pop(connected.transport_name, None)
+        self._transport.disconnect(connected.transport_name)
 
     def _unlink(self, peer: Peer) -> bool:
         """Whether nobody needs the peer; its link is closed then."""
@@ -171,7 +189,3 @@ class PeerTable:
         peer.greeting = None
         del self._peers[peer.address]
         return True
-
-
-def _greeting(reply: HelloReply, name: str) -> Greeting:
-    return Greeting(reply.generation, name, tuple(reply.memory), reply.memory_version)

@@ -59,6 +59,10 @@ class _Queued:
     arrived_s: float
     done: Callable[[FetchReply], None]
 
+    @property
+    def deadline_s(self) -> float:
+        return self.arrived_s + self.request.deadline_s
+
 
 @dataclass(slots=True)
 class SessionCounts:
@@ -94,6 +98,8 @@ class Sessions:
         self._settings = settings
         self.peers = PeerTable(transport, hello, open_link, limits, in_use=self._in_use)
         self._active: list[_Active] = []
+        # Sources of the fetch that is being started, which is not active yet.
+        self._starting: list[Peer] = []
         self._queue: deque[_Queued] = deque()
         self._requests: dict[int, tuple[_Active, int]] = {}
         self._reads: dict[int, _Reading] = {}
@@ -147,6 +153,8 @@ class Sessions:
 
     def poll_reads(self, now: float) -> None:
         for handle, reading in list(self._reads.items()):
+            if handle not in self._reads:
+                continue  # given up a moment ago: its fetch ended with another of these reads
             state = self._transport.poll(handle)
             if state is ReadState.RUNNING:
                 continue
@@ -175,6 +183,7 @@ class Sessions:
                 abandoned.store.abort()
         self._grace.on_time(now)
         self.peers.on_time(now)
+        self._end_queued(now)
         self._start_queued(now)
 
     def wake_s(self, now: float) -> float:
@@ -182,6 +191,7 @@ class Sessions:
         if self._queue and len(self._active) < self.limits.max_fetches:
             return now
         times = [self._grace.wake_s(), *(active.fetch.wake_s for active in self._active)]
+        times.extend(queued.deadline_s for queued in self._queue)
         if self._abandoned:
             times.append(now + 0.02)
         return min(times)
@@ -242,6 +252,8 @@ class Sessions:
                 ports.append(ending_of(error))
             else:
                 ports.append(_FetchPort(self, peer, index))
+                self._starting.append(peer)
+        self._starting.clear()
         fetch = Fetch(
             queued.request,
             ports,
@@ -259,6 +271,13 @@ class Sessions:
         self._active.append(active)
         fetch.start(now)
         self._after(active, now)
+
+    def _end_queued(self, now: float) -> None:
+        """Of those that wait for their turn, the ones whose time is over."""
+        late = [queued for queued in self._queue if now >= queued.deadline_s]
+        for queued in late:
+            self._queue.remove(queued)
+            queued.done(_not_started(queued, Outcome.DEADLINE, now))
 
     def _start_queued(self, now: float) -> None:
         while self._queue and len(self._active) < self.limits.max_fetches:
@@ -306,8 +325,10 @@ class Sessions:
     # -- peers --
 
     def _in_use(self, peer: Peer) -> bool:
-        return self.stalled(peer) or any(
-            peer is used for active in self._active for used in active.peers
+        return (
+            self.stalled(peer)
+            or any(peer is used for used in self._starting)
+            or any(peer is used for active in self._active for used in active.peers)
         )
 
     def require_room(self, peer: Peer, blocks: int) -> None:
