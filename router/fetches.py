@@ -32,12 +32,14 @@ class Fetches:
         wait_s: float,
         deadline_s: float,
         pages: int | None = None,
+        skip: int = 0,
     ) -> FetchResult:
-        """One prompt's pages from ``source`` to ``target``, the first ``pages`` of them."""
+        """One prompt's pages from ``source`` to ``target``, the first ``pages`` of them but for the
+        first ``skip``, which ``target`` has. The answer counts those too."""
         info = self._instances.info(source)
         body = FetchBody(
             source=source,
-            keys=[key.hex() for key in keyed.chains[chain].keys[:pages]],
+            keys=[key.hex() for key in keyed.chains[chain].keys[skip:pages]],
             wait_s=wait_s,
             deadline_s=deadline_s,
             source_ranks=[rank.peer_address for rank in info.ranks] if info else None,
@@ -50,9 +52,15 @@ class Fetches:
             deadline_s=deadline_s + 1.0,
         )
         try:
-            return msgspec.convert(answer, FetchResult)
+            result = msgspec.convert(answer, FetchResult)
         except msgspec.ValidationError as error:
             raise ProtocolError(f"{target}/memserve/fetch: {error}") from error
+        return msgspec.structs.replace(
+            result,
+            requested_pages=result.requested_pages + skip,
+            present_pages=result.present_pages + skip,
+            readable_pages=result.readable_pages + skip,
+        )
 
     async def as_computed(
         self,
@@ -61,6 +69,7 @@ class Fetches:
         keyed: Keyed,
         chain: int,
         wait_s: float,
+        skip: int = 0,
     ) -> FetchResult:
         """Pages that ``source`` computes within ``wait_s``, in as many fetches as that takes."""
         deadlines = self._deadlines
@@ -71,7 +80,8 @@ class Fetches:
             started = time.monotonic()
             left_s = max(0.0, until - started)
             once_s = min(left_s, deadlines.most_fetch_s - grace_s)
-            part = await self.once(source, target, keyed, chain, once_s, once_s + grace_s)
+            limit_s = once_s + grace_s
+            part = await self.once(source, target, keyed, chain, once_s, limit_s, skip=skip)
             total = part if total is None else _joined(total, part)
             cut_short = once_s < left_s and time.monotonic() - started >= once_s
             if not (cut_short and part.outcome in ("miss", "deadline")):

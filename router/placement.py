@@ -66,6 +66,12 @@ class Holdings:
     def of_chain(self, chain: int, instance: InstanceId) -> int:
         return self.by_chain[chain].get(instance, _NOTHING).pages
 
+    def skippable(self, chain: int, instance: InstanceId) -> int:
+        """Leading pages that ``instance`` has, where some of them are in HBM alone: a fetch would
+        wait for those, which perhaps nobody has in DRAM. None of them where all are in DRAM."""
+        match = self.by_chain[chain].get(instance, _NOTHING)
+        return match.pages if match.local_pages else 0
+
     def best_pages(self) -> int:
         return max((match.pages for match in self.whole.values()), default=0)
 

@@ -133,7 +133,16 @@ class Steps:
         beside = self._beside_bytes(source, target, keyed)
         answers = await asyncio.gather(
             *(
-                self._fetches.once(source, target, keyed, i, wait_s, wait_s + limit_s, pages)
+                self._fetches.once(
+                    source,
+                    target,
+                    keyed,
+                    i,
+                    wait_s,
+                    wait_s + limit_s,
+                    pages,
+                    holdings.skippable(i, target),
+                )
                 for i in missing
             ),
             return_exceptions=True,
@@ -176,7 +185,11 @@ class Steps:
         wait_s = self._prefills.limit_s(keyed, holdings, prefill)
         missing = _missing(keyed, holdings, decode)
         fetches = {
-            asyncio.create_task(self._fetches.as_computed(prefill, decode, keyed, i, wait_s)): i
+            asyncio.create_task(
+                self._fetches.as_computed(
+                    prefill, decode, keyed, i, wait_s, holdings.skippable(i, decode)
+                )
+            ): i
             for i in missing
         }
         compute = asyncio.create_task(

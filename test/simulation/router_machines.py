@@ -107,12 +107,13 @@ async def well(asked: Asked, line: Line) -> None:
 
 @dataclass
 class Machine:
-    """``holds``: token ids whose full pages it holds from the start. ``fetched``: how many pages a
-    fetch gets (None: all asked for)."""
+    """``holds``: token ids whose full pages it holds in DRAM from the start, ``in_hbm``: in HBM.
+    ``fetched``: how many pages a fetch gets (None: all asked for)."""
 
     role: Role
     inference: Handler = well
     holds: tuple[list[int], ...] = ()
+    in_hbm: tuple[list[int], ...] = ()
     fetch: Handler | None = None
     model: str = MODEL
     peers_status: int = 200
@@ -207,9 +208,10 @@ class Machine:
 
     def _snapshot(self) -> Snapshot:
         events = []
-        for ids in self.holds:
+        held = [("CPU_PINNED", ids) for ids in self.holds] + [("GPU", ids) for ids in self.in_hbm]
+        for medium, ids in held:
             keys = [short_key(key) for key in page_keys(ids, PAGE, namespace_seed(None, None))]
-            events.append(BlockStored(list(keys), None, [], PAGE, medium="CPU_PINNED"))
+            events.append(BlockStored(list(keys), None, [], PAGE, medium=medium))
         return Snapshot(f"boot-{self.url}", -1, list(events))
 
 
