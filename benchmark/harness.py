@@ -33,6 +33,8 @@ BENCHMARKS = (
     # With --trace it also replays a recorded trace: micro-eviction.json.
     ("micro/eviction.py", "micro-eviction-synthetic.json"),
     ("micro/global_tree.py", "micro-global-tree.json"),
+    # With --dynamo PYTHON it also measures Dynamo's tree.
+    ("router/decision.py", "router-decision.json"),
     ("micro/copies.py", "micro-copies.json"),
     ("micro/transfer.py", "micro-transfer.json"),
     ("micro/first_fetch.py", "micro-first-fetch.json"),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sglang_memserve.types import InstanceId, ShortKey
 
@@ -23,8 +24,7 @@ from .flows import Flow
 from .values import InstanceView, Match, Plan, Prompt
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """What is booked at one instance, as a view needs it."""
 
     queue_s: float = 0.0
@@ -108,16 +108,16 @@ class Bookings:
 
     def share(self, instance: InstanceId, match: Match, keys: Sequence[ShortKey]) -> Share:
         """For a request with ``keys``, of which ``instance`` holds ``match``."""
-        backlog, seats = self._backlogs.get(instance), self._seats.get(instance)
-        expected = self.coming.expected(instance, keys, match.pages, self.now())
-        if backlog is None and seats is None and expected is None:
+        backlog, seats, now = self._backlogs.get(instance), self._seats.get(instance), self.now()
+        expected = self.coming.expected(instance, keys, match.pages, now)
+        if not backlog and seats is None and expected is None:
             return NO_SHARE
         return Share(
-            queue_s=backlog.remaining_s(self.now()) if backlog is not None else 0.0,
-            seats=seats.taken if seats is not None else 0,
-            tokens=seats.tokens if seats is not None else 0,
-            coming_pages=expected.pages if expected is not None else 0,
-            coming_s=expected.in_s if expected is not None else 0.0,
+            backlog.remaining_s(now) if backlog else 0.0,
+            seats.taken if seats is not None else 0,
+            seats.tokens if seats is not None else 0,
+            expected.pages if expected is not None else 0,
+            expected.in_s if expected is not None else 0.0,
         )
 
     def book(self, plan: Plan, order: Order, views: Sequence[InstanceView]) -> Booking:

@@ -47,11 +47,9 @@ class Flows:
 
     def beside_bytes(self, source: InstanceId, target: InstanceId, size: float) -> float:
         """Bytes that pass before ``size`` more have, because others share the way."""
-        most = 0.0
-        for carried in (self._out.get(source), self._in.get(target)):
-            if carried is not None:
-                most = max(most, min(carried.moved_bytes, carried.flows * size))
-        return most
+        out, into = self._out.get(source), self._in.get(target)
+        most = 0.0 if out is None else min(out.moved_bytes, out.flows * size)
+        return most if into is None else max(most, min(into.moved_bytes, into.flows * size))
 
     def count(self) -> int:
         return sum(carried.flows for carried in self._out.values())

@@ -21,9 +21,10 @@ class Match:
         return self.pages - self.local_pages
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, since one is made for every instance and request: that would cost twice the time.
+@dataclass(slots=True)
 class InstanceView:
-    """One instance as a decision sees it.
+    """One instance as a decision sees it. Nobody changes one.
 
     ``in_flight_prefill_tokens``: uncached prompt tokens this router has sent there and that are
     not answered yet. ``running_requests``: what the router has in flight there, or the last

@@ -29,9 +29,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
-from typing import TypeVar
+from math import inf
+from typing import NamedTuple, TypeVar
 
-from sglang_memserve.types import InstanceId
+from sglang_memserve.types import InstanceId, Role
 
 from ..cost import CostModel
 from ..values import InstanceView, Plan, Prompt
@@ -63,18 +64,20 @@ TIE_RELATIVE = 0.1
 TIE_S = 0.0005
 # Waiting for pages to come means at least this: what is there needs no waiting.
 LEAST_WAIT_S = 0.001
-SHORTLIST = 8
+SHORTLIST = 6
 SOURCES = 4
 
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Site:
+# Named tuples: some two hundred of these are made for each request.
+
+
+class _Site(NamedTuple):
     """One instance, and how it would get the whole prompt.
 
     ``start_s``: when it can begin to compute, of which ``queue_s`` is its queue; ``wait_s``: until
-    the source has the pages."""
+    the source has the pages; ``token_s``: of one token more."""
 
     view: InstanceView
     source: InstanceId | None
@@ -82,6 +85,8 @@ class _Site:
     queue_s: float
     start_s: float
     compute_s: float
+    token_s: float
+    tail_s: float
     wait_s: float = 0.0
 
     @property
@@ -89,8 +94,15 @@ class _Site:
         return self.start_s + self.compute_s
 
 
-@dataclass(frozen=True, slots=True)
-class _Decode:
+class _Offer(NamedTuple):
+    """Pages that can be fetched from ``source`` in ``wait_s``."""
+
+    source: InstanceId
+    pages: int
+    wait_s: float
+
+
+class _Decode(NamedTuple):
     """What decoding at an instance costs, however the prompt gets there."""
 
     site: _Site
@@ -101,8 +113,7 @@ class _Decode:
     room_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Option:
+class _Option(NamedTuple):
     """``prefill`` is None for a bypass. ``move_s``: of pages from it, after the prefill."""
 
     total_s: float
@@ -132,7 +143,7 @@ class Cost:
         decoding = rotated(decode_candidates(views), turn)
         able = [view for view in views if view.role.can_prefill and view.can_fetch]
         prefilling = rotated(able, turn)
-        sources = self._sources(prompt, views)
+        sources = self._offers(prompt, self._sources(prompt, views))
         sites = {view.id: self._site(prompt, view, sources) for view in (*decoding, *prefilling)}
         decodes = [self._decode(prompt, sites[view.id]) for view in decoding]
         options = []
@@ -146,12 +157,18 @@ class Cost:
             if others and not must:
                 relayed.append(decode)
         prefills = [sites[view.id] for view in prefilling]
+        listed = _shortlist(relayed, _least_decode_s)
+        least_s = min((option.total_s for option in options), default=inf)
         for prefill in _shortlist(prefills, self._prefill_s):
-            for decode in _shortlist(relayed, _least_decode_s):
+            least_prefill_s = self._least_via_s(prompt, prefill)
+            for decode in listed:
                 if decode.site.view.id == prefill.view.id:
+                    continue
+                if least_prefill_s + decode.tail_s + decode.load_s > least_s + _tie_s(least_s):
                     continue
                 if can_hand_over(prompt, prefill.view, decode.site.view):
                     options.append(self._via(prompt, prefill, decode))
+                    least_s = min(least_s, options[-1].total_s)
         return options or [self._bypass(decode) for decode in decodes]
 
     # -- the parts --
@@ -175,7 +192,18 @@ class Cost:
             ),
         )
 
-    def _site(self, prompt: Prompt, view: InstanceView, sources: list[InstanceView]) -> _Site:
+    def _offers(self, prompt: Prompt, sources: Sequence[InstanceView]) -> list[_Offer]:
+        whole, offers = usable_pages(prompt), []
+        for view in sources:
+            now = min(view.match.movable_pages, whole)
+            if now:
+                offers.append(_Offer(view.id, now, 0.0))
+            if min(view.coming_pages, whole) > now:
+                wait_s = max(view.coming_s, LEAST_WAIT_S)
+                offers.append(_Offer(view.id, min(view.coming_pages, whole), wait_s))
+        return offers
+
+    def _site(self, prompt: Prompt, view: InstanceView, offers: Sequence[_Offer]) -> _Site:
         """The fastest way to the whole prompt at ``view``: computing, or fetching from one."""
         fixed, linear, attention = self.costs.prefill_theta(view.id)
         whole, size, tokens = usable_pages(prompt), prompt.page_size, prompt.tokens
@@ -184,61 +212,52 @@ class Cost:
             new = tokens - pages * size
             return fixed + new * (linear + attention * (pages * size + new / 2))
 
-        queue_s = view.queue_s + self.costs.predict_request_s(view.id) * view.waiting_requests
+        queue_s = view.queue_s
+        if view.waiting_requests:
+            queue_s += self.costs.predict_request_s(view.id) * view.waiting_requests
         own = min(view.match.pages, whole)
         computing_s = compute_s(own)
-        best = _Site(view, None, own, queue_s, queue_s, computing_s)
+        tail_s = compute_s(whole)
+        best = _Site(view, None, own, queue_s, queue_s, computing_s, linear, tail_s)
         coming = min(view.coming_pages, whole)
         if coming > own:
             start_s, rest_s = max(queue_s, view.coming_s), compute_s(coming)
             if _price_s(start_s, rest_s) < _price_s(best.start_s, best.compute_s):
-                best = _Site(view, None, coming, queue_s, start_s, rest_s)
+                best = best._replace(held_pages=coming, start_s=start_s, compute_s=rest_s)
         least_s = _price_s(best.start_s, best.compute_s)
         if not view.can_fetch:
             return best
-        for source in sources:
-            if source.id == view.id:
+        for source, pages, wait_s in offers:
+            if pages <= own or source == view.id:
                 continue
-            for pages, wait_s in (
-                (source.match.movable_pages, 0.0),
-                (source.coming_pages, max(source.coming_s, LEAST_WAIT_S)),
-            ):
-                pages = min(pages, whole)
-                if pages <= own:
-                    continue
-                rest_s = compute_s(pages)
-                if _price_s(max(queue_s, wait_s), rest_s) >= least_s:
-                    continue
-                fetch_s = self.costs.predict_transfer_s(source.id, view.id, pages - own) + HOP_S
-                price_s = _price_s(max(queue_s, wait_s + FETCH_CAUTION * fetch_s), rest_s)
-                if price_s < least_s:
-                    least_s = price_s
-                    start_s = max(queue_s, wait_s + fetch_s)
-                    best = _Site(view, source.id, pages, queue_s, start_s, rest_s, wait_s)
+            rest_s = compute_s(pages)
+            if _price_s(max(queue_s, wait_s), rest_s) >= least_s:
+                continue
+            fetch_s = self.costs.predict_transfer_s(source, view.id, pages - own) + HOP_S
+            price_s = _price_s(max(queue_s, wait_s + FETCH_CAUTION * fetch_s), rest_s)
+            if price_s < least_s:
+                least_s = price_s
+                start_s = max(queue_s, wait_s + fetch_s)
+                best = _Site(view, source, pages, queue_s, start_s, rest_s, linear, tail_s, wait_s)
         return best
 
     def _decode(self, prompt: Prompt, site: _Site) -> _Decode:
-        view, whole = site.view, usable_pages(prompt)
-        fixed, linear, attention = self.costs.prefill_theta(view.id)
-        held = whole * prompt.page_size
-        new = prompt.tokens - held
-        tail_s = fixed + new * (linear + attention * (held + new / 2))
-        load_s = RUNNING_TOKENS * linear * view.running_requests
-        missing = whole - cached_pages(prompt, view)
-        room_s = self._room_s(prompt, view)
-        return _Decode(site, missing, tail_s, self._delay_s(view, tail_s), load_s, room_s)
+        view = site.view
+        load_s = RUNNING_TOKENS * site.token_s * view.running_requests
+        missing = usable_pages(prompt) - cached_pages(prompt, view)
+        room_s = self._room_s(prompt, view) if view.total_tokens > 0 else 0.0
+        delay_s = self._delay_s(view, site.tail_s)
+        return _Decode(site, missing, site.tail_s, delay_s, load_s, room_s)
 
     def _room_s(self, prompt: Prompt, view: InstanceView) -> float:
-        if view.total_tokens <= 0:
-            return 0.0
         held = min(view.match.hbm_pages, usable_pages(prompt)) * prompt.page_size
         used = view.total_tokens - view.free_tokens + prompt.tokens - held
         over = (used / view.total_tokens - ROOMY_SHARE) / (1 - ROOMY_SHARE)
         return over * self.costs.predict_prefill_s(view.id, prompt.tokens, 0) if over > 0 else 0.0
 
     def _delay_s(self, view: InstanceView, compute_s: float) -> float:
-        streams = view.running_requests if view.role.can_decode else 0
-        if not view.role.can_prefill:
+        streams = view.running_requests if view.role is not Role.PREFILL else 0
+        if view.role is Role.DECODE:
             streams = max(streams, 1)
         return (STREAM_DELAY_WEIGHT * streams + WORK_WEIGHT) * compute_s
 
@@ -275,10 +294,16 @@ class Cost:
         total_s += self._delay_s(prefill.view, compute_s) + decode.tail_delay_s
         return _Option(total_s, decode, prefill, move_s)
 
+    def _least_via_s(self, prompt: Prompt, prefill: _Site) -> float:
+        """What a prompt takes over ``prefill`` at least, before anything moves."""
+        if cached_pages(prompt, prefill.view) == usable_pages(prompt):
+            return HOP_S
+        return prefill.ready_s + HOP_S + self._delay_s(prefill.view, prefill.compute_s)
+
     def _pick(self, options: Sequence[_Option]) -> _Option:
         """The least total; ties go to the idlest instances, then in turn."""
         least = min(option.total_s for option in options)
-        limit = least * (1 + TIE_RELATIVE) + TIE_S
+        limit = least + _tie_s(least)
         tied = [option for option in options if option.total_s <= limit]
         if len(tied) == 1:
             return tied[0]
@@ -345,7 +370,7 @@ def _shortlist(among: Sequence[_T], seconds: Callable[[_T], float]) -> Sequence[
     if len(among) <= SHORTLIST:
         return among
     each = [seconds(one) for one in among]
-    grid = min(each) * TIE_RELATIVE + TIE_S
+    grid = _tie_s(min(each))
     ranks = [int(one / grid) for one in each]
     return [among[at] for at in nsmallest(SHORTLIST, range(len(among)), key=ranks.__getitem__)]
 
@@ -353,6 +378,10 @@ def _shortlist(among: Sequence[_T], seconds: Callable[[_T], float]) -> Sequence[
 def _price_s(start_s: float, compute_s: float) -> float:
     """What a way to a prefix is compared by: when it is there, and the work it takes."""
     return start_s + (1 + WORK_WEIGHT) * compute_s
+
+
+def _tie_s(seconds: float) -> float:
+    return seconds * TIE_RELATIVE + TIE_S
 
 
 def _ready_terms(site: _Site) -> dict[str, float]:
