@@ -54,6 +54,7 @@ HOP_S = 0.005
 RUNNING_TOKENS = 6
 # A second of computing, for whatever comes after it there.
 WORK_WEIGHT = 0.1
+WORK = 1 + WORK_WEIGHT
 # A fetch is reckoned this much slower than predicted: it has to be clearly worth it.
 FETCH_CAUTION = 1.25
 # KV slots in use above this share begin to cost; at 1, computing the whole prompt again.
@@ -100,6 +101,8 @@ class _Offer(NamedTuple):
     source: InstanceId
     pages: int
     wait_s: float
+    rest_tokens: int
+    rest_pairs: float
 
 
 class _Decode(NamedTuple):
@@ -193,53 +196,51 @@ class Cost:
         )
 
     def _offers(self, prompt: Prompt, sources: Sequence[InstanceView]) -> list[_Offer]:
+        """Longest first: most others then need no closer look."""
         whole, offers = usable_pages(prompt), []
         for view in sources:
             now = min(view.match.movable_pages, whole)
             if now:
-                offers.append(_Offer(view.id, now, 0.0))
-            if min(view.coming_pages, whole) > now:
+                offers.append(_Offer(view.id, now, 0.0, *_rest(prompt, now)))
+            coming = min(view.coming_pages, whole)
+            if coming > now:
                 wait_s = max(view.coming_s, LEAST_WAIT_S)
-                offers.append(_Offer(view.id, min(view.coming_pages, whole), wait_s))
-        return offers
+                offers.append(_Offer(view.id, coming, wait_s, *_rest(prompt, coming)))
+        return sorted(offers, key=lambda offer: -offer.pages)
 
     def _site(self, prompt: Prompt, view: InstanceView, offers: Sequence[_Offer]) -> _Site:
         """The fastest way to the whole prompt at ``view``: computing, or fetching from one."""
         fixed, linear, attention = self.costs.prefill_theta(view.id)
-        whole, size, tokens = usable_pages(prompt), prompt.page_size, prompt.tokens
-
-        def compute_s(pages: int) -> float:
-            new = tokens - pages * size
-            return fixed + new * (linear + attention * (pages * size + new / 2))
-
+        whole = usable_pages(prompt)
         queue_s = view.queue_s
         if view.waiting_requests:
             queue_s += self.costs.predict_request_s(view.id) * view.waiting_requests
         own = min(view.match.pages, whole)
-        computing_s = compute_s(own)
-        tail_s = compute_s(whole)
-        best = _Site(view, None, own, queue_s, queue_s, computing_s, linear, tail_s)
+        new, area = _rest(prompt, own)
+        start_s, compute_s = queue_s, fixed + linear * new + attention * area
+        source, held, waited_s = None, own, 0.0
         coming = min(view.coming_pages, whole)
+        least_s = start_s + WORK * compute_s
         if coming > own:
-            start_s, rest_s = max(queue_s, view.coming_s), compute_s(coming)
-            if _price_s(start_s, rest_s) < _price_s(best.start_s, best.compute_s):
-                best = best._replace(held_pages=coming, start_s=start_s, compute_s=rest_s)
-        least_s = _price_s(best.start_s, best.compute_s)
-        if not view.can_fetch:
-            return best
-        for source, pages, wait_s in offers:
-            if pages <= own or source == view.id:
+            new, area = _rest(prompt, coming)
+            begin_s, rest_s = max(queue_s, view.coming_s), fixed + linear * new + attention * area
+            if begin_s + WORK * rest_s < least_s:
+                held, start_s, compute_s = coming, begin_s, rest_s
+                least_s = start_s + WORK * compute_s
+        for who, pages, wait_s, new, area in offers if view.can_fetch else ():
+            if pages <= own or who == view.id:
                 continue
-            rest_s = compute_s(pages)
-            if _price_s(max(queue_s, wait_s), rest_s) >= least_s:
+            rest_s = fixed + linear * new + attention * area
+            if (queue_s if queue_s > wait_s else wait_s) + WORK * rest_s >= least_s:
                 continue
-            fetch_s = self.costs.predict_transfer_s(source, view.id, pages - own) + HOP_S
-            price_s = _price_s(max(queue_s, wait_s + FETCH_CAUTION * fetch_s), rest_s)
+            fetch_s = self.costs.predict_transfer_s(who, view.id, pages - own) + HOP_S
+            price_s = max(queue_s, wait_s + FETCH_CAUTION * fetch_s) + WORK * rest_s
             if price_s < least_s:
-                least_s = price_s
-                start_s = max(queue_s, wait_s + fetch_s)
-                best = _Site(view, source, pages, queue_s, start_s, rest_s, linear, tail_s, wait_s)
-        return best
+                least_s, source, held, waited_s = price_s, who, pages, wait_s
+                start_s, compute_s = max(queue_s, wait_s + fetch_s), rest_s
+        new, area = _rest(prompt, whole)
+        tail_s = fixed + linear * new + attention * area
+        return _Site(view, source, held, queue_s, start_s, compute_s, linear, tail_s, waited_s)
 
     def _decode(self, prompt: Prompt, site: _Site) -> _Decode:
         view = site.view
@@ -375,9 +376,10 @@ def _shortlist(among: Sequence[_T], seconds: Callable[[_T], float]) -> Sequence[
     return [among[at] for at in nsmallest(SHORTLIST, range(len(among)), key=ranks.__getitem__)]
 
 
-def _price_s(start_s: float, compute_s: float) -> float:
-    """What a way to a prefix is compared by: when it is there, and the work it takes."""
-    return start_s + (1 + WORK_WEIGHT) * compute_s
+def _rest(prompt: Prompt, pages: int) -> tuple[int, float]:
+    """What is left to compute after ``pages``: tokens, and the pairs of tokens that attend."""
+    held = pages * prompt.page_size
+    return prompt.tokens - held, (prompt.tokens * prompt.tokens - held * held) / 2
 
 
 def _tie_s(seconds: float) -> float:
