@@ -37,7 +37,7 @@ class Liar(Machine):
     socket: Any = field(default=None)
 
     def bind(self, context: zmq.Context[Any]) -> None:
-        self.socket = context.socket(zmq.PUB)
+        self.socket = context.socket(zmq.XPUB)
         self.socket.linger = 0
         port = self.socket.bind_to_random_port("tcp://127.0.0.1")
         self.address = f"tcp://127.0.0.1:{port}"
@@ -56,6 +56,12 @@ class Liar(Machine):
             await line.answer(encode_snapshot(empty), kind="application/msgpack")
         else:
             await super()._route(asked, line)
+
+    async def followed(self) -> None:
+        """What is published before somebody subscribes is lost."""
+        async with asyncio.timeout(WAIT_S):
+            while not self.socket.poll(0):  # noqa: ASYNC110 - the other side is a socket
+                await asyncio.sleep(0.01)
 
     def publish(self, *events: object, seq: int | None = None, ts: float | None = None) -> None:
         self.seq += 1
@@ -90,6 +96,7 @@ async def fleet(liar: Liar) -> AsyncIterator[tuple[Router, Machine]]:
     liar.bind(context)
     try:
         async with router_over(liar, honest) as router:
+            await liar.followed()
             yield router, honest
     finally:
         context.destroy(linger=0)
