@@ -30,6 +30,9 @@ SPELLINGS = {
     "--cors-allowed-origins": "--cors-origin",
 }
 
+# Taken as it is, but for -1, which is "no limit" there.
+UNLIMITED = "--max-concurrent-requests"
+
 POLICY_SPELLINGS = {
     "cache-aware": "cost",
     "power-of-two": "least-load",
@@ -176,6 +179,9 @@ def translate(argv: Sequence[str]) -> Translated:
             value, at = (value, at) if equals else ("".join(words[at : at + 1]), at + 1)
             if value != "sglang":
                 raise ConfigError(f"--backend {value}: instances are SGLang servers")
+        elif flag == UNLIMITED and "-1" in (value, *words[at : at + 1]):
+            idle[f"{flag} -1"] = "some limit always holds"
+            at += not equals
         else:
             out.append(SPELLINGS.get(flag, flag) + equals + value)
     listed = ", ".join(f"{flag} ({why})" for flag, why in idle.items())

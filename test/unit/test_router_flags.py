@@ -52,6 +52,18 @@ def test_spellings_are_translated_wherever_their_value_stands() -> None:
     ]
 
 
+def test_a_bounded_queue_by_the_other_names() -> None:
+    argv = ["--queue-size", "7", "--queue-timeout-secs", "5", "--shutdown-grace-period-secs", "9"]
+    config = parse_args([*argv, "--max-concurrent-requests", "12"])
+    assert (config.queue_size, config.queue_timeout_s, config.drain_timeout_s) == (7, 5.0, 9.0)
+    assert (config.max_concurrent_requests, config.warning) == (12, "")
+    for unlimited in (["--max-concurrent-requests", "-1"], ["--max-concurrent-requests=-1"]):
+        config = parse_args([*unlimited, "--port", "9"])
+        assert config.max_concurrent_requests == RouterConfig().max_concurrent_requests
+        assert config.port == 9
+        assert "--max-concurrent-requests -1 (" in config.warning
+
+
 def test_nothing_is_warned_of_in_lines_of_our_own() -> None:
     assert parse_args(["--instance", "http://a:1", "--policy", "cost"]).warning == ""
 
