@@ -237,6 +237,7 @@ def _read(path: Path) -> list[str]:
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"--config {path}: larger than {MAX_FILE_BYTES} bytes")
     try:
+        root = yaml.compose(data, Loader=yaml.SafeLoader)
         settings = yaml.safe_load(data)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         line = " ".join(str(error).split())
@@ -245,6 +246,11 @@ def _read(path: Path) -> list[str]:
         return []
     if not isinstance(settings, dict):
         raise ConfigError(f"--config {path}: must be a mapping of flags to values")
+    # YAML itself lets the last one win, and a flag may be repeated on a command line.
+    names = [key.value for key, _ in root.value]
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"--config {path}: {', '.join(twice)} named twice: give one list")
     words: list[str] = []
     for name, value in settings.items():
         if not isinstance(name, str) or not name or name in ("config", "help"):

@@ -150,6 +150,7 @@ def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
         ("7: x", "7 is no setting"),
         ("config: other.yaml", "'config' is no setting"),
         ("port: {a: 1}", "port has a value"),
+        ("decode: http://a:1\ndecode: http://b:1", "decode named twice"),
         ("prefill: [[[x]]]", "prefill has a value"),
         ("prefill: [true]", "prefill has a value"),
         ("polcy: cost", "unrecognized arguments"),
