@@ -125,7 +125,7 @@ def test_a_body_that_trickles_is_a_408(path: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(asgi, "BODY_GRACE_S", 0.3)
         async with router_over(Machine(Role.BOTH)) as router, line_to(router) as (reader, writer):
             writer.write(head("Content-Length: 1000", path=path))
-            said = asyncio.create_task(reader.read())
+            said = asyncio.create_task(reader.read(4096))
             while not said.done():
                 writer.write(b" ")
                 await asyncio.sleep(0.05)
