@@ -24,6 +24,7 @@ from sglang_memserve.errors import (
     NamespaceMismatch,
     NoInstance,
     PeerError,
+    PeerUnreachable,
     ProtocolError,
     VersionMismatch,
 )
@@ -75,6 +76,7 @@ from .workers import Workers
 logger = logging.getLogger(__name__)
 
 ASK_S = 10.0
+MOST_ASKED = 4
 JUST_ANSWERED = 256
 INFERENCE_METHODS = frozenset({"POST", "PUT"})
 STATUS_OF: tuple[tuple[type[MemServeError], int], ...] = (
@@ -326,12 +328,18 @@ class EngineTokenizer:
         self._upstream = upstream
 
     async def ask(self, question: Mapping[str, Any]) -> Sequence[int]:
-        """Ids of a prompt or a chat. Raises PeerError."""
-        views = self._instances.views({})
-        if not views:
-            raise PeerError("no instance to ask")
-        view = min(views, key=lambda view: view.running_requests)
-        url = f"{view.id}/tokenize"
+        """Ids of a prompt or a chat. Raises PeerError when nobody answers."""
+        error: PeerError = PeerError("no instance to ask")
+        views = sorted(self._instances.views({}), key=lambda view: view.running_requests)
+        for view in views[:MOST_ASKED]:
+            try:
+                return await self._ask_one(view.id, question)
+            except PeerUnreachable as failure:
+                error = failure
+        raise error
+
+    async def _ask_one(self, instance: InstanceId, question: Mapping[str, Any]) -> Sequence[int]:
+        url = f"{instance}/tokenize"
         answer = await self._upstream.call("POST", url, dict(question), deadline_s=ASK_S)
         tokens = answer.get("tokens") if isinstance(answer, dict) else None
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):

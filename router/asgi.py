@@ -162,10 +162,10 @@ class Client:
         self.complete = True
         await self._send({"type": "http.response.body", "body": last})
 
-    async def end_stream(self) -> None:
-        """All but the end had come."""
+    async def end_stream(self, last: bytes = b"") -> None:
+        """All but ``last`` and the end had come."""
         self.complete = True
-        await self._send({"type": "http.response.body", "body": DONE})
+        await self._send({"type": "http.response.body", "body": last + DONE})
 
     async def break_off(self, why: str, tail: bytes = DONE) -> None:
         """End an event stream that goes on nowhere. ``tail``: the last bytes sent."""

@@ -33,6 +33,7 @@ from .limits import Limits
 from .live import LiveRequests
 from .metrics import Metrics
 from .models import ModelNames
+from .patience import PAUSES_S, Patience
 from .policy.base import Rotation
 from .prepare import Preparation
 from .prompts import Route
@@ -151,16 +152,13 @@ class Dispatcher:
             turn.prompt_ids = keyed.chains[0].ids
             turn.stream = make_stream(turn.request)
         self._rotation.advance()
-        second_chance = True
+        patience = Patience()
         error: PeerError | None = None
-        for _ in range(self._limits.attempts + 1):
+        for _ in range(self._limits.attempts + len(PAUSES_S)):
             try:
                 prepared = await self._preparation.prepare(turn, keyed, reason)
             except NoInstance as nobody:
-                if turn.failed and second_chance and not turn.live.aborted:
-                    # A connection that broke says little about an instance that is alone.
-                    second_chance = False
-                    turn.failed.clear()
+                if await patience.again(turn):
                     continue
                 turn.verdict = Verdict(turn.client.request_id, reason=str(nobody))
                 await turn.client.reply(

@@ -231,9 +231,13 @@ class Instances:
         """
         now = self._clock()
         views = []
-        for member in self._members.values():
-            if member.id in exclude or member.unavailable(now) is not None:
-                continue
+        ready = [
+            member
+            for member in self._members.values()
+            if member.id not in exclude and member.state is State.READY
+        ]
+        # Where all breakers are open, trying is better than refusing.
+        for member in [one for one in ready if one.unavailable(now) is None] or ready:
             match = matches.get(member.id, _NOTHING) if member.attached else _NOTHING
             share = bookings.share(member.id, match, keys) if bookings is not None else NO_SHARE
             views.append(member.view(match, share))

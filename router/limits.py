@@ -9,14 +9,14 @@ from sglang_memserve.config import Limits as InstanceLimits
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``attempts``: decode instances tried for one request. ``max_in_flight`` requests run at once,
-    ``max_waiting`` more wait for ``wait_s`` seconds at most."""
+    """``attempts``: how often instances are tried for one request. ``max_in_flight`` requests run
+    at once, ``max_waiting`` more wait for ``wait_s`` seconds at most."""
 
     max_body_bytes: int = 64 * 2**20
     max_in_flight: int = 4096
     max_waiting: int = 1024
     wait_s: float = 30.0
-    attempts: int = 3
+    attempts: int = 6
 
 
 @dataclass(frozen=True, slots=True)

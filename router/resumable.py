@@ -109,6 +109,15 @@ def continued_body(
     return body
 
 
+def all_generated(request: Request, tokens: int) -> bool:
+    """Whether ``tokens`` are as many as the request allows: it was about to end by its length."""
+    params = sampling(request)
+    given = [params[name] for name in _LENGTHS if type(params.get(name)) is int]
+    default = DEFAULT_MAX_TOKENS[request.route]
+    limits = given or ([] if default is None else [default])
+    return any(tokens >= limit for limit in limits)
+
+
 def sampling(request: Request) -> Mapping[str, Any]:
     if request.route is not Route.GENERATE:
         return request.body

@@ -9,6 +9,7 @@ What cannot be resumed, or does not go on as it began, ends with an error frame.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,10 +20,11 @@ from sglang_memserve.types import InstanceId
 
 from .forward import Forwarding
 from .metrics import Metrics, short_reason
+from .patience import PAUSES_S, Patience
 from .prepare import Preparation
 from .prompts import Route, read_request
 from .proxy import Upstream
-from .resumable import Unresumable, continued_body, is_greedy
+from .resumable import Unresumable, all_generated, continued_body, is_greedy
 from .streams import Continuation, Diverged, Stream
 from .tokenize import AskEngine
 from .turn import Prepared, Turn
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 CONFIRM_S = 60.0
 ASK_S = 5.0
+ASK_PAUSE_S = 0.1
 # Prefill and decode may round differently: a token this close to the best one was the best one.
 TIE_NATS = 0.1
 
@@ -59,10 +62,11 @@ class Resumption:
         cancellation."""
         turn.book(None)
         why: Exception = failure
-        second_chance = True
-        for _ in range(self._attempts + 1):
+        patience = Patience()
+        for _ in range(self._attempts + len(PAUSES_S)):
             if turn.live.aborted:
                 break
+            failed = len(turn.failed)
             try:
                 if stream.finished:
                     await turn.client.end_stream()
@@ -71,17 +75,17 @@ class Resumption:
                 await self._once(turn, stream)
             except NoInstance as error:
                 why = error
-                if not second_chance:
+                if not await patience.again(turn):
                     break
-                # As before the first byte: a broken connection says little about a lone instance.
-                second_chance = False
-                turn.failed.clear()
                 continue
             except (Unresumable, Diverged) as error:
                 why = error
                 break
             except PeerError as error:
                 why = error
+                if len(turn.failed) == failed:
+                    # Nobody is to blame that is left out next time: the tokenizer did not answer.
+                    await asyncio.sleep(ASK_PAUSE_S)
                 continue
             self._metrics.resumes.labels("resumed").inc()
             return
@@ -93,7 +97,9 @@ class Resumption:
     async def _once(self, turn: Turn, stream: Stream) -> None:
         so_far = stream.so_far()
         ids = await self._ids(so_far)
-        body = continued_body(turn.request, turn.prompt_ids, ids)
+        # Where nothing is left but to say so, the plan is for who can tell that it is true.
+        over = so_far.ids is None and all_generated(turn.request, len(ids))
+        body = continued_body(turn.request, turn.prompt_ids, ids[:-1] if over else ids)
         again = Turn(
             turn.route,
             turn.client,
@@ -108,7 +114,10 @@ class Resumption:
         keyed, reason = await self._preparation.key(again.request)
         try:
             prepared = await self._preparation.prepare(again, keyed, reason)
-            await self._join(turn, again, prepared, so_far, ids)
+            if over:
+                await self._conclude(turn, stream, prepared.target, ids)
+            else:
+                await self._join(turn, again, prepared, so_far, ids)
         finally:
             again.book(None)
             if again.verdict.decode is not None:
@@ -138,6 +147,17 @@ class Resumption:
             turn.failed.add(target)
             turn.errors[target] = str(error)
             raise
+
+    async def _conclude(
+        self, turn: Turn, stream: Stream, target: InstanceId, ids: Sequence[int]
+    ) -> None:
+        try:
+            await self._confirm(turn, target, ids)
+        except PeerError:
+            turn.failed.add(target)
+            raise
+        frames = stream.conclude(len(turn.prompt_ids), len(ids))
+        await turn.client.end_stream(frames)
 
     async def _ids(self, so_far: Continuation) -> Sequence[int]:
         if so_far.ids is not None:

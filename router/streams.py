@@ -67,6 +67,9 @@ class Stream(Protocol):
     def so_far(self) -> Continuation:
         """Where it may go on. Raises Unresumable."""
 
+    def conclude(self, prompt_tokens: int, tokens: int) -> bytes:
+        """What says that the text so far was all, ``tokens`` being as many as were asked for."""
+
     def go_on(self, ids: Sequence[int]) -> None:
         """From now on ``feed`` gets what follows the prompt and ``ids``."""
 
@@ -237,6 +240,9 @@ class GenerateStream(_Framed):
         text = orjson.loads(b'"' + self._last[len(_TEXT) : end] + b'"')
         return Continuation(text, tuple(last.ids[:tokens]))
 
+    def conclude(self, prompt_tokens: int, tokens: int) -> bytes:
+        raise Unresumable("its last frame says how it ended")
+
     def go_on(self, ids: Sequence[int]) -> None:
         text = self.so_far().text if ids else ""
         self._seam = _Seam(list(ids), text, self._read_last())
@@ -286,6 +292,8 @@ class OpenAIStream(_Framed):
         self._wants_usage = wants_usage
         self._parts: list[str] = []
         self._first: dict[str, Any] = {}
+        # The last frame with text in it.
+        self._like: dict[str, Any] = {}
         self._ended = False
         self._usage_seen = False
         self._skipped_tokens = 0
@@ -312,6 +320,7 @@ class OpenAIStream(_Framed):
             if choice.get("index") or said.get("tool_calls") or said.get("reasoning_content"):
                 self._odd = "it holds more than one text"
             self._parts.append(said.get("content" if said is delta else "text") or "")
+            self._like = value
             self._ended = self._ended or choice.get("finish_reason") is not None
 
     def so_far(self) -> Continuation:
@@ -323,6 +332,17 @@ class OpenAIStream(_Framed):
         self._parts = [text]
         self._require_no_half_stop(text)
         return Continuation(text, None if text else ())
+
+    def conclude(self, prompt_tokens: int, tokens: int) -> bytes:
+        (choice,) = self._like["choices"]
+        nothing: dict[str, Any] = {"delta": {}} if "delta" in choice else {"text": ""}
+        last = {**choice, **nothing, "finish_reason": "length"}
+        frames: list[dict[str, Any]] = [{**self._like, "choices": [last]}]
+        if self._wants_usage:
+            usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens}
+            usage["total_tokens"] = prompt_tokens + tokens
+            frames.append({**self._like, "choices": [], "usage": usage})
+        return b"".join(b"data: " + orjson.dumps(frame) + GAP for frame in frames)
 
     def go_on(self, ids: Sequence[int]) -> None:
         self._skipped_tokens = len(ids)

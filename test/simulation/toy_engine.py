@@ -97,8 +97,19 @@ class Answer:
             yield text
 
 
-def whole(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def parts(path: str, body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A batch of token ids as the requests it is made of."""
+    ids = body.get("input_ids") if path == "/generate" else None
+    if not ids or not isinstance(ids[0], list):
+        return [body]
+    return [{**body, "input_ids": one} for one in ids]
+
+
+def whole(path: str, body: Mapping[str, Any]) -> Any:
     """The answer of a request that is not streamed."""
+    several = parts(path, body)
+    if path == "/generate" and several[0] is not body:
+        return [whole(path, one) for one in several]
     answer = Answer(path, body)
     text = ["", *answer.steps()][-1]
     if path == "/generate":

@@ -44,7 +44,7 @@ class ToyInstance(Machine):
     _thawed: asyncio.Event = field(default_factory=asyncio.Event)
     _held: list[list[int]] = field(default_factory=list)
     _seq: int = -1
-    _beats: asyncio.Task[None] | None = None
+    _beats: list[asyncio.Task[None]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.inference = self._infer
@@ -76,14 +76,14 @@ class ToyInstance(Machine):
     def frozen(self) -> bool:
         return not self._thawed.is_set()
 
-    def register_with(self, router: str) -> None:
-        self._beats = asyncio.create_task(self._keep_registered(router))
+    def register_with(self, *routers: str) -> None:
+        self._beats = [asyncio.create_task(self._keep_registered(router)) for router in routers]
 
     async def _silence(self) -> None:
-        if self._beats is not None:
-            self._beats.cancel()
-            await asyncio.gather(self._beats, return_exceptions=True)
-            self._beats = None
+        for task in self._beats:
+            task.cancel()
+        await asyncio.gather(*self._beats, return_exceptions=True)
+        self._beats = []
 
     async def _keep_registered(self, router: str) -> None:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as http:
@@ -117,7 +117,7 @@ class ToyInstance(Machine):
     def stats(self) -> object:
         return {"event_seq": self._seq, "instance": {}, "ranks": [{}]}
 
-    def keys(self) -> set[int]:
+    def held_keys(self) -> set[int]:
         """Short keys of all pages it holds."""
         held: set[int] = set()
         for ids in self._held:
@@ -168,9 +168,10 @@ class ToyInstance(Machine):
 
     async def _whole(self, path: str, body: dict[str, Any], line: Line) -> None:
         answer = toy.whole(path, body)
-        tokens = answer.get("output_ids", [])
-        await self._compute(len(tokens))
-        self.hold(toy.prompt_of(path, body) + tokens)
+        for part in toy.parts(path, body):
+            tokens = toy.whole(path, part).get("output_ids", [])
+            await self._compute(len(tokens))
+            self.hold(toy.prompt_of(path, part) + tokens)
         await line.answer(answer)
 
     async def _compute(self, tokens: int) -> None:

@@ -294,6 +294,7 @@ def test_in_flight_work_is_booked_and_ends_once(fleet: Fleet) -> None:
 
 def test_failures_in_a_row_open_the_breaker(fleet: Fleet) -> None:
     fleet.instances.register(info())
+    fleet.instances.register(info(B, "g2"))
 
     def fail() -> None:
         fleet.instances.begin(A, 1).end(Outcome.FAILED, "connection reset")
@@ -303,25 +304,55 @@ def test_failures_in_a_row_open_the_breaker(fleet: Fleet) -> None:
     fleet.instances.begin(A, 1).end(Outcome.SUCCEEDED)
     fail()
     fail()
-    assert fleet.usable() == [A]
+    assert fleet.usable() == [A, B]
     assert fleet.instances.unavailable(exclude=[A]) == {A: "failed this request: connection reset"}
     fail()
-    assert fleet.usable() == []
+    assert fleet.usable() == [B]
     assert "3 failures in a row, tried again in 2.0 s (connection reset)" in str(
         fleet.instances.unavailable()
     )
     fleet.now = 2.5
-    assert fleet.usable() == [A]
+    assert fleet.usable() == [A, B]
     trial: InFlight = fleet.instances.begin(A, 1)
-    assert fleet.usable() == []
+    assert fleet.usable() == [B]
     trial.end(Outcome.CANCELLED)
-    assert fleet.usable() == [A]
+    assert fleet.usable() == [A, B]
     fail()
     fleet.now = 5.0
-    assert fleet.usable() == []
+    assert fleet.usable() == [B]
     fleet.now = 7.0
     fleet.instances.begin(A, 1).end(Outcome.SUCCEEDED)
-    assert fleet.member().breaker is BreakerState.CLOSED
+    assert fleet.instances.members()[0].breaker is BreakerState.CLOSED
+
+
+def test_where_all_breakers_are_open_trying_is_better_than_refusing(fleet: Fleet) -> None:
+    fleet.instances.register(info())
+    for _ in range(3):
+        fleet.instances.begin(A, 1).end(Outcome.FAILED, "connection reset")
+    assert fleet.member().breaker is BreakerState.OPEN
+    assert fleet.usable() == [A]
+    assert fleet.instances.views({}, exclude=[A]) == []
+
+
+def test_requests_to_a_silent_instance_are_interrupted(fleet: Fleet) -> None:
+    """Unless something came from it lately, in answer to one of them."""
+    fleet.instances.register(info())
+    told: list[str] = []
+    quiet, lively = fleet.instances.begin(A, 1), fleet.instances.begin(A, 1)
+    quiet.on_lost(lambda why: told.append(f"quiet: {why}"))
+    lively.on_lost(lambda why: told.append(f"lively: {why}"))
+    fleet.now = 5.0
+    fleet.instances.expire()
+    assert told == []
+    fleet.now = 10.5
+    lively.heard()
+    fleet.instances.expire()
+    assert told == ["quiet: nothing heard for 10 s"]
+    for flight in (quiet, lively):
+        flight.end(Outcome.CANCELLED)
+    fleet.now = 40.0
+    fleet.instances.expire()
+    assert len(told) == 1
 
 
 def test_the_breakers_pause_is_bounded() -> None:
