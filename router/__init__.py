@@ -20,7 +20,7 @@ In dependency order:
 ``introductions``  a shell: tells instances who the others are
 ``placement``      token ids to a plan
 ``fetches`` ``prefill`` ``steps``   what comes before decode
-``resumable`` ``streams`` ``interrupts`` ``patience`` ``resume``   streams that outlive their instance
+``resumable`` ``streams`` ``interrupts`` ``patience`` ``resume``   outliving an instance
 ``admission`` ``drain`` ``workers``   the door, ending well, what operators do to workers
 ``asgi`` ``turn`` ``prepare`` ``forward`` ``dispatch`` ``passthrough`` ``shortcut``   requests
 ``members`` ``control`` ``explain``   everything else
