@@ -168,6 +168,29 @@ def test_other_values_in_the_right_shape(name: str, data: st.DataObject) -> None
     accepts(codec, encoded)
 
 
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("levels", [30, 3_000, 300_000])
+def test_deep_nesting(name: str, levels: int) -> None:
+    """In place of each byte of a message, where a value may begin."""
+    codec = CODECS[name]
+    opened = b"[" if name in {kind.__name__ for kind in BODIES} else b"\x91"
+    for example in codec.examples:
+        unknown_field = _with_field(example, opened * levels)
+        cut = range(0, len(example), 1 if levels < 100 else 1 + len(example) // 12)
+        for data in (unknown_field, *(example[:end] + opened * levels for end in cut)):
+            accepts(codec, data)
+
+
+def _with_field(example: bytes, value: bytes) -> bytes:
+    """Decoders skip fields that they do not know, and have to walk through them for that."""
+    if example[:1] == b"{":
+        return b'{"unknown":' + value
+    # A map or an array of up to 15 has its length in the low half of the first byte.
+    if example[0] & 0xF0 == 0x80:
+        return bytes([example[0] + 1]) + example[1:] + b"\xa1x" + value
+    return bytes([example[0] + 1]) + example[1:] + value
+
+
 @given(st.lists(st.binary(max_size=12), max_size=5))
 def test_any_frames(frames: list[bytes]) -> None:
     try:

@@ -219,6 +219,31 @@ def test_frames_of_any_kind_do_no_harm(two: tuple[Rank, Rank], seed: int) -> Non
     assert reader.fetch(holder, KEYS).outcome == "complete"
 
 
+def test_nested_messages_do_no_harm(ranks: Callable[..., Rank]) -> None:
+    """More of them than errors of its own an agent survives, from who asks and from who answers."""
+    rank = ranks()
+    nested = b"\x82\xa4type\xa5Hello\xa1x" + b"\x91" * 2_000
+    with Asker(rank.agent.peer_address) as asker:
+        for _ in range(30):
+            asker.socket.send_multipart([bytes(8), nested])
+        asker.drain(InfoRequest())
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.rcvtimeo = int(LIMIT_S * 1000)
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    try:
+        address = f"tcp://127.0.0.1:{port}"
+        fetch = rank.agent.fetch(FetchRequest.of("p", address, list(KEYS), 0.0, 5.0))
+        asker_id, request_id, _ = router.recv_multipart()
+        for _ in range(30):
+            router.send_multipart([asker_id, request_id, nested])
+        assert fetch.result(LIMIT_S).outcome == "peer_unreachable"
+    finally:
+        context.destroy(0)
+    assert rank.stats()["transfer_malformed_messages_total"] == 60
+    assert rank.stats()["transfer_internal_errors_total"] == 0
+
+
 def test_a_peer_that_answers_nonsense(ranks: Callable[..., Rank]) -> None:
     reader = ranks()
     context = zmq.Context()

@@ -7,4 +7,9 @@
 ``http``       bodies of ``/memserve/*`` on instances and on the router
 """
 
+import msgspec
+
 PROTOCOL_VERSION = 1
+
+# All that msgspec raises for bytes of a stranger; RecursionError is its answer to deep nesting.
+UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)

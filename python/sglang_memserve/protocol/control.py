@@ -25,6 +25,7 @@ import msgspec
 
 from ..errors import ProtocolError
 from ..types import Namespace
+from . import UNDECODABLE
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
@@ -280,7 +281,7 @@ def decode(data: bytes) -> Message:
     """Raises ProtocolError for bytes that are no message, and for keys of a wrong length."""
     try:
         message = _decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         raise ProtocolError(f"control message: {error}") from error
     if isinstance(message, LeaseRequest | FetchRequest | OfferRequest):
         for key in message.keys:

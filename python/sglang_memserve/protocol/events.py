@@ -15,6 +15,7 @@ from __future__ import annotations
 import msgspec
 
 from ..errors import ProtocolError
+from . import UNDECODABLE
 
 TOPIC = b"memserve-kv"
 
@@ -86,9 +87,7 @@ def decode_frames(frames: list[bytes]) -> tuple[int, EventBatch]:
         raise ProtocolError(f"not a KV event message: {len(frames)} frames")
     try:
         return int.from_bytes(frames[1], "big"), _batch_decoder.decode(frames[2])
-    except msgspec.MsgspecError as error:
-        raise ProtocolError(f"KV event batch: {error}") from error
-    except UnicodeDecodeError as error:
+    except UNDECODABLE as error:
         raise ProtocolError(f"KV event batch: {error}") from error
 
 
@@ -100,5 +99,5 @@ def decode_snapshot(data: bytes) -> Snapshot:
     """Raises ProtocolError for bytes that are not a snapshot."""
     try:
         return _snapshot_decoder.decode(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         raise ProtocolError(f"KV snapshot: {error}") from error

@@ -26,6 +26,7 @@ import msgspec
 
 from ..errors import ProtocolError
 from ..types import Namespace
+from . import UNDECODABLE
 
 _T = TypeVar("_T")
 
@@ -34,7 +35,7 @@ def decode(data: bytes, kind: type[_T], what: str) -> _T:
     """``data`` as ``kind``. Raises ProtocolError, which begins with ``what``."""
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except UNDECODABLE as error:
         raise ProtocolError(f"{what}: {error}") from error
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import TransferFailed
+from ..protocol import UNDECODABLE
 from .plan import Addresses, Segments, segments
 
 MAX_REGIONS = 4096
@@ -150,6 +151,6 @@ def understand(metadata: bytes) -> tuple[Description, Regions]:
     """Raises TransferFailed for bytes that ``describe`` does not make."""
     try:
         described = _decoder.decode(metadata)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         raise TransferFailed(f"this is no transport's metadata: {error}") from error
     return described, Regions(described.regions)
