@@ -92,6 +92,7 @@ CHAT = _object(
     **TENANT,
 )
 WORKER = _object(("url",), url=TEXT, role={"enum": ["prefill", "decode", "both"]})
+ROLE = _object(("role",), role={"enum": ["prefill", "decode", "both"]})
 ABORT = _object(rid=TEXT, abort_all=FLAG)
 BOOT = _object(("url", "generation"), url=TEXT, generation=TEXT)
 LOAD = _object(
@@ -131,6 +132,7 @@ PASSED_THROUGH: Mapping[str, Schema] = {
 }
 BODIES: Mapping[tuple[str, str], Schema] = {
     ("/workers", "post"): WORKER,
+    ("/workers/{url}", "patch"): ROLE,
     ("/abort_request", "post"): ABORT,
     ("/memserve/explain", "post"): GENERATE,
     ("/memserve/register", "post"): REGISTRATION,
@@ -141,6 +143,7 @@ NAMED_WORKER = [
     {"name": "url", "in": "query", "required": True, "schema": TEXT},
     {"name": "role", "in": "query", "schema": TEXT},
 ]
+ONE_WORKER = [{"name": "url", "in": "path", "required": True, "schema": TEXT}]
 ERRORS = {
     "400": "the request is wrong",
     "404": "there is no such thing",
@@ -163,6 +166,8 @@ def describe(app: FastAPI) -> dict[str, Any]:
                 operation["requestBody"] = _body(body)
             if path in ("/add_worker", "/remove_worker"):
                 operation["parameters"] = NAMED_WORKER
+            elif path == "/workers/{url}":
+                operation["parameters"] = ONE_WORKER
     for path, (summary, body) in INFERENCE.items():
         paths[path] = {"post": _operation(path, summary, body)}
     for path, body in PASSED_THROUGH.items():
