@@ -10,7 +10,7 @@ from sglang_memserve.types import InstanceId
 from . import prompts
 from .asgi import Broken
 from .cost import CostModel
-from .headers import to_instance
+from .headers import as_json, to_instance
 from .instances import Instances
 from .interrupts import Interruptible
 from .live import new_rid
@@ -53,7 +53,8 @@ class Forwarding:
         turn.verdict = prepared.verdict
         client, target = turn.client, prepared.target
         data, rids = _abortable(turn, prepared.prompts)
-        headers = to_instance(client.headers, client.request_id, self._keys.towards(client.path))
+        key = self._keys.towards(client.path)
+        headers = as_json(to_instance(client.headers, client.request_id, key))
         idle = self._is_idle(target)
         sent_at = time.monotonic()
         with self._instances.begin(target, prepared.uncached_tokens) as flight:

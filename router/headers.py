@@ -67,6 +67,20 @@ def to_instance(headers: RawHeaders, id: str, api_key: str | None) -> list[tuple
     return passed
 
 
+def as_json(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of a body that was read as JSON, whatever its sender called it: curl says ``form`` unless it
+    is told otherwise, and SGLang takes a body for JSON only when it is called so."""
+    if any(name == "content-type" and is_json(value) for name, value in headers):
+        return headers
+    kept = [(name, value) for name, value in headers if name != "content-type"]
+    return [*kept, ("content-type", "application/json")]
+
+
+def is_json(content_type: str) -> bool:
+    kind = content_type.split(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
+
+
 def unfit(status: int, headers: RawHeaders) -> str:
     """Why an instance's answer cannot be passed on as HTTP; empty if it can."""
     if not 200 <= status <= 599:

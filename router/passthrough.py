@@ -35,6 +35,8 @@ DESCRIBING = frozenset({"/v1/models", "/get_model_info", "/model_info"})
 NOT_OPENAI = "/v1/messages"
 # An instance keeps the responses that it gave; another one has never heard of them.
 KEPT_WHERE_MADE = "/v1/responses"
+# An instance's own: of whichever instance it would be, the client could not tell.
+OF_INSTANCES = "/memserve/"
 ATTEMPTS = 2
 
 
@@ -72,6 +74,9 @@ class Passthrough:
             return
         except LimitExceeded as error:
             await client.reply(refusal(error))
+            return
+        if client.path.startswith(OF_INSTANCES):
+            await client.reply(replies.not_here(client.path))
             return
         unknown = self._unknown_model(client, data)
         if unknown is not None:

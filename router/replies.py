@@ -94,6 +94,14 @@ def unknown_model(model: str) -> Reply:
     )
 
 
+def not_here(path: str) -> Reply:
+    return error(
+        404,
+        f"the router has no {path}: ask an instance for it (GET /workers lists their URLs)",
+        "NotFound",
+    )
+
+
 def unavailable(message: str, instances: Mapping[str, str]) -> Reply:
     """No instance can serve: ``instances`` maps each one's URL to the reason why it cannot."""
     listed = "; ".join(f"{url}: {why}" for url, why in instances.items()) or "no instances known"

@@ -395,6 +395,42 @@ def test_fan_outs_and_what_is_passed_through() -> None:
     go(scenario())
 
 
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", None, "APPLICATION/JSON"])
+def test_what_was_read_as_json_is_passed_on_as_json(kind: str | None) -> None:
+    """curl calls a body a form unless it is told otherwise, and SGLang would refuse it after all
+    the work of prefill."""
+
+    async def scenario() -> None:
+        d = Machine(Role.DECODE)
+        async with router_over(d) as router:
+            headers = {} if kind is None else {"content-type": kind}
+            body = orjson.dumps({"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}})
+            response = await router.http.post(
+                f"{router.url}/generate",
+                data=body,
+                headers=headers,
+                skip_auto_headers=("content-type",),
+            )
+            assert response.status == 200, await response.text()
+            (asked,) = d.to("/generate")
+            assert asked.headers["content-type"].lower() == "application/json"
+            assert asked.body == body or asked.json["input_ids"] == PROMPT
+
+    go(scenario())
+
+
+@pytest.mark.parametrize("path", ["/memserve/pool", "/memserve/match", "/memserve/nothing"])
+def test_what_is_an_instances_own_is_not_answered_for_it(path: str) -> None:
+    async def scenario() -> None:
+        d = Machine(Role.DECODE)
+        async with router_over(d) as router:
+            response = await router.post(path, {"dram": "1GiB"})
+            assert response.status == 404 and "ask an instance" in await response.text()
+            assert not d.to(path)
+
+    go(scenario())
+
+
 def test_what_was_decided_is_counted() -> None:
     async def scenario() -> None:
         p, d = Machine(Role.PREFILL, holds=(PROMPT,)), Machine(Role.DECODE, fetch=fetch_of(3))

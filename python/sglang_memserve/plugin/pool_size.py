@@ -18,6 +18,7 @@ from ..errors import ConfigError, LimitExceeded, MemServeError
 from ..protocol.control import ResizeReply, ResizeRequest, StatsReply, StatsRequest
 from ..protocol.http import PoolBody, PoolInfo, PoolResult, RankPool, RankResize
 from ..transfer.client import LocalClient
+from ..transfer.resizer import MAX_WAIT_S
 from ..types import ResizeOutcome
 from .answers import json_answer, memserve_router, read_body
 
@@ -135,8 +136,8 @@ def _wanted_bytes(body: PoolBody) -> int:
     if (body.dram is None) == (body.dram_bytes is None):
         raise ConfigError('say either {"dram": "3GiB"} or {"dram_bytes": 3221225472}')
     text = str(body.dram_bytes) if body.dram is None else body.dram
-    if not 0 <= body.wait_s < float("inf"):
-        raise ConfigError(f"wait of {body.wait_s} s")
+    if not 0 <= body.wait_s <= MAX_WAIT_S:
+        raise ConfigError(f"wait_s must be in 0..{MAX_WAIT_S:g}, got {body.wait_s}")
     return parse_dram(text)
 
 

@@ -247,7 +247,7 @@ class PoolResult(msgspec.Struct, frozen=True):
     steps: list[RankResize]
 
 
-class PrefixBody(msgspec.Struct, frozen=True):
+class PrefixBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A prefix: exactly one of ``input_ids``, ``text`` and ``keys`` (hex, ``match`` only), in the
     namespace that ``extra_key`` and ``cache_salt`` make, as in SGLang's ``/generate``. Only full
     pages count."""
