@@ -10,7 +10,7 @@ In dependency order:
 ``backlog`` ``coming`` ``bookings``   what is decided and not yet seen done
 ``policy/``        where a request is prefilled and decoded
 ``security`` ``connection``   keys, TLS, bounds of a connection
-``config`` ``limits``   the command line, bounds of a request
+``flags`` ``config`` ``limits``   the command line, bounds of a request
 ``breaker`` ``member`` ``instances``   who is there, in which state
 ``feed`` ``polling``   shells: residency events, listed URLs
 ``prompts`` ``chat_template`` ``pieces`` ``tokenize``   bodies to token ids
@@ -23,7 +23,8 @@ In dependency order:
 ``resumable`` ``streams`` ``interrupts`` ``patience`` ``resume``   outliving an instance
 ``admission`` ``drain`` ``workers``   the door, ending well, what operators do to workers
 ``asgi`` ``turn`` ``prepare`` ``forward`` ``dispatch`` ``passthrough`` ``shortcut``   requests
-``members`` ``control`` ``explain``   everything else
+``members`` ``control`` ``explain`` ``aliases``   everything else
+``openapi``        what the router says of itself
 ``app``            putting it together
 ``place`` ``in_process`` ``merge`` ``siblings``   one of several processes, and the others
 ``listening`` ``serving`` ``processes`` ``__main__``   a process; several of them
