@@ -88,14 +88,15 @@ def key_prompts(
 ) -> Keyed:
     """Raises ValueError for token ids that are none."""
     chains = []
-    distinct: set[PageKey] = set()
     for ids, (extra_key, cache_salt) in zip(prompts, namespaces, strict=True):
         whole = max(len(ids) - 1, 0) // page_size * page_size
         keys = page_keys(ids[:whole], page_size, namespace_seed(extra_key, cache_salt))
         chains.append(Chain(ids, keys, short_keys(keys)))
-        distinct.update(keys)
     tokens = sum(len(ids) for ids in prompts)
-    return Keyed(tuple(chains), page_size, tokens, len(distinct))
+    # Within one chain all keys differ.
+    one = len(chains) == 1
+    pages = len(chains[0].keys) if one else len({key for chain in chains for key in chain.keys})
+    return Keyed(tuple(chains), page_size, tokens, pages)
 
 
 def opaque(page_size: int) -> Keyed:
