@@ -12,10 +12,11 @@ In dependency order:
 ``security`` ``connection``   keys, TLS, bounds of a connection
 ``flags`` ``config`` ``limits``   the command line, bounds of a request
 ``breaker`` ``member`` ``instances``   who is there, in which state
-``feed`` ``polling``   shells: residency events, listed URLs
+``source`` ``feed`` ``polling``   shells: residency events, listed URLs
+``trust``          what of a match to count on
 ``prompts`` ``chat_template`` ``pieces`` ``tokenize``   bodies to token ids
 ``ids`` ``headers`` ``replies`` ``models``   what is said to clients and instances
-``labels`` ``metrics``   what is counted
+``labels`` ``metrics`` ``source_metrics``   what is counted
 ``proxy`` ``live``   HTTP to instances, and stopping it
 ``introductions``  a shell: tells instances who the others are
 ``placement``      token ids to a plan

@@ -10,6 +10,7 @@ from array import array
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -223,6 +224,7 @@ class WatchMachine(RuleBasedStateMachine):
         self.pool.close()
 
 
+pytest.importorskip("sglang.srt.mem_cache.rust_tree_core.extension")
 TestWatch = WatchMachine.TestCase
 TestWatch.settings = settings(
     max_examples=60,
