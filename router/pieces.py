@@ -23,6 +23,7 @@ import msgspec
 
 PIECE_CHARACTERS = 512
 MAX_PIECE_CHARACTERS = 8 * PIECE_CHARACTERS
+SEARCHED_CHARACTERS = 16 * PIECE_CHARACTERS
 REMEMBERED_CHARACTERS = 8 * 2**20
 
 _CUT = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
@@ -94,13 +95,16 @@ class Pieces:
 
 def cut(text: str) -> Iterator[str]:
     """``text`` in pieces of ``PIECE_CHARACTERS``, and what it is to the next place to cut."""
-    at = 0
-    while len(text) - at > PIECE_CHARACTERS:
-        place = _CUT.search(text, at + PIECE_CHARACTERS)
+    at, look = 0, PIECE_CHARACTERS
+    while look < len(text):
+        # A search keeps the interpreter's lock: it must not go through megabytes of no words.
+        place = _CUT.search(text, look, look + SEARCHED_CHARACTERS)
         if place is None:
-            break
-        yield text[at : place.start()]
-        at = place.start()
+            look += SEARCHED_CHARACTERS
+        else:
+            yield text[at : place.start()]
+            at = place.start()
+            look = at + PIECE_CHARACTERS
     yield text[at:]
 
 

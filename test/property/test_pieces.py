@@ -104,6 +104,7 @@ def test_pieces_have_the_ids_of_the_whole(kind: str, texts: list[str], capacity:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "PIECE_CHARACTERS", 8)
+        patch.setattr(pieces, "SEARCHED_CHARACTERS", 20)
         known = Pieces(many, capacity=capacity)
         for text in [*texts, *texts]:
             assert "".join(cut(text)) == text
