@@ -38,11 +38,12 @@ READ_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Seconds. ``stable_s``: who served that long is started again at once."""
+    """Seconds. ``stable_s``: who served that long is started again at once. ``close_s``: after the
+    time a process has to drain."""
 
     start_s: float = 60.0
     silent_s: float = 15.0
-    stop_s: float = 40.0
+    close_s: float = 15.0
     stable_s: float = 10.0
     least_backoff_s: float = 0.5
     most_backoff_s: float = 30.0
@@ -187,7 +188,7 @@ class Supervisor:
             # A process that does not listen to signals yet sees this end of the line.
             with contextlib.suppress(OSError):
                 ours.shutdown(socket.SHUT_WR)
-        limit_s = self._patience.stop_s if drain else 1.0
+        limit_s = self._config.drain_timeout_s + self._patience.close_s if drain else 1.0
         try:
             await asyncio.wait_for(process.wait(), limit_s)
         except TimeoutError:
