@@ -130,7 +130,9 @@ def run(options: Options) -> int:
         if options.json_ready is not None:
             write_json(options.json_ready, cluster.describe())
         print(f"ready {options.url}", flush=True)
-        return cluster.supervise()
+        status = cluster.supervise()
+        progress.say("stopping")
+        return status
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -16,6 +16,8 @@ from .probe import Stage
 
 _STYLE = {Stage.READY: "green", Stage.DEAD: "bold red", Stage.UP: "cyan"}
 _DETAIL_CHARS = 70
+# Where there is no live table: who is awaited is said again when nothing has changed for so long.
+_SILENCE_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +34,12 @@ class Row:
 class Progress:
     """Show rows as they change. A context manager: the table stays on screen when it ends."""
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._console = console or Console(stderr=True)
-        self._began = time.monotonic()
+        self._clock = clock
+        self._began = self._spoke = clock()
         self._stages: dict[str, Stage] = {}
         self._live = (
             Live(console=self._console, refresh_per_second=4) if self._console.is_terminal else None
@@ -50,10 +55,18 @@ class Progress:
         for row in rows:
             if self._stages.get(row.name) is not row.stage:
                 self._stages[row.name] = row.stage
-                self.say(f"[{self._elapsed():5.1f} s] {row.name} {row.url}: {row.stage.value}")
+                self._line(row, row.url)
+        if self._clock() - self._spoke >= _SILENCE_S:
+            for row in rows:
+                if row.stage is not Stage.READY:
+                    self._line(row, row.detail[:_DETAIL_CHARS])
+
+    def _line(self, row: Row, more: str) -> None:
+        self._spoke = self._clock()
+        self.say(f"[{self._elapsed():5.1f} s] {row.name}: {row.stage.value}, {more}")
 
     def _elapsed(self) -> float:
-        return time.monotonic() - self._began
+        return self._clock() - self._began
 
     def _table(self, rows: Sequence[Row]) -> Table:
         table = Table(title=f"MemServe cluster, {self._elapsed():.0f} s", title_justify="left")
