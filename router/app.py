@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -137,7 +138,8 @@ async def _assemble(
     bookings = Bookings(time.monotonic, costs)
     watching = Watching(config, upstream, metrics)
     stack.push_async_callback(watching.close)
-    newcomers, introductions = Newcomers(costs, bookings), Introductions(upstream)
+    newcomers = Newcomers(costs, bookings)
+    introductions = Introductions(upstream, f"{socket.gethostname()}:{config.port}")
     stack.push_async_callback(introductions.close)
     instances = Instances(
         time.monotonic,

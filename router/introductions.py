@@ -43,8 +43,10 @@ def peers_of(target: InstanceInfo, others: Iterable[InstanceInfo]) -> list[PeerI
 class Introductions:
     """A ``Listener`` of ``Instances``; belongs to the event loop it is used in."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, router: str = "") -> None:
+        """``router``: names this one among others, across its restarts."""
         self._upstream = upstream
+        self._router = router
         self._infos: dict[InstanceId, InstanceInfo] = {}
         self._changed: dict[InstanceId, asyncio.Event] = {}
         self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
@@ -101,7 +103,7 @@ class Introductions:
                 continue
 
     async def _tell(self, target: InstanceInfo) -> None:
-        body = PeersBody(peers_of(target, self._infos.values()), VALID_S)
+        body = PeersBody(peers_of(target, self._infos.values()), VALID_S, self._router)
         await self._upstream.call(
             "POST", f"{target.url}/memserve/peers", msgspec.json.encode(body), deadline_s=ASK_S
         )

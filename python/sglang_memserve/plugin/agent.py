@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -44,6 +45,7 @@ from ..protocol.http import (
 )
 from ..transfer.client import LocalClient
 from ..types import Role
+from .acquaintances import Acquaintances
 from .pool_size import PoolSize
 from .residency import Residency, residency_of
 from .sources import Sources
@@ -100,6 +102,7 @@ class InstanceAgent:
     _session: aiohttp.ClientSession | None = field(init=False, default=None)
     _tasks: list[asyncio.Task[None]] = field(init=False, default_factory=list)
     _routers: dict[str, _RouterState] = field(init=False, default_factory=dict)
+    _acquaintances: Acquaintances = field(init=False, default_factory=Acquaintances)
     _sources: Sources | None = field(init=False, default=None)
     _changed: asyncio.Event = field(init=False, default_factory=asyncio.Event)
     _ready: asyncio.Event = field(init=False, default_factory=asyncio.Event)
@@ -234,6 +237,10 @@ class InstanceAgent:
         Peers with another number of ranks are left out. Raises ProtocolError for a duration that
         makes no sense, PeerUnreachable while the ranks are not up."""
         peers = [peer for peer in body.peers if len(peer.ranks) == len(self._ranks)]
+        valid_s = body.valid_s
+        if valid_s > 0:
+            now = time.monotonic()
+            peers, valid_s = self._acquaintances.told(body.router, peers, valid_s, now)
         self._known_sources().learn(peers)
         replies = await asyncio.gather(
             *(
@@ -243,7 +250,7 @@ class InstanceAgent:
                             control.PeerEntry(peer.url, peer.generation, peer.ranks[index])
                             for peer in peers
                         ],
-                        body.valid_s,
+                        valid_s,
                     ),
                     RANK_CALL_S,
                 )

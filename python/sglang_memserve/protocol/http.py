@@ -127,12 +127,14 @@ class PeerInfo(msgspec.Struct, frozen=True):
 class PeersBody(msgspec.Struct, frozen=True):
     """The other instances whose pages may be fetched: be connected to them before they are asked.
 
-    All of them: one that was named before and is not any more has left. Good for ``valid_s``
-    seconds; a router says it again before that, and whenever it changes. Saying it twice is fine.
+    All of them that ``router`` knows: one that was named by it before and is not any more has left.
+    Good for ``valid_s`` seconds; a router says it again before that, and whenever it changes. To
+    say it twice is fine. Of several routers' words the union counts.
     """
 
     peers: list[PeerInfo]
     valid_s: float
+    router: str = ""
 
 
 class PeersResult(msgspec.Struct, frozen=True):
