@@ -11,11 +11,15 @@ UNKNOWN = 0
 """Stands for a block whose checksum nobody computed."""
 
 
-def block_checksum(address: int, length: int) -> int:
-    """XXH3 of ``length`` bytes of this process's memory; never UNKNOWN. Releases the GIL."""
-    memory = (ctypes.c_char * length).from_address(address)
+def checksum_of(memory: memoryview | ctypes.Array[ctypes.c_char]) -> int:
+    """XXH3 of contiguous ``memory``; never UNKNOWN. Releases the GIL."""
     value: int = xxhash.xxh3_64_intdigest(memory)
     return value or 1
+
+
+def block_checksum(address: int, length: int) -> int:
+    """Of ``length`` bytes of this process's memory, which the caller keeps mapped."""
+    return checksum_of((ctypes.c_char * length).from_address(address))
 
 
 def block_checksums(addresses: Iterable[int], length: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Every exception MemServe raises on purpose.
 
 MemServeError
-├── ConfigError            the operator asked for something impossible
+├── ConfigError            the operator or a caller asked for something impossible
 ├── ProtocolError          bytes or a message that do not follow the protocol
 │   └── VersionMismatch    the peer speaks another protocol version
 ├── NamespaceMismatch      the peer's pages are not interchangeable with ours

@@ -24,13 +24,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from .checksums import block_checksums
+from .checksums import checksum_of
 from .config import DEFAULT_EVICTION
 from .errors import ConfigError, LimitExceeded, OutOfBlocks
 from .index.journal import Record, rebuild, to_events
 from .memory.arena import SLAB_BYTES, Arena, Pinner
 from .memory.layout import BlockLayout
 from .memory.lease import PoolLease, PoolStore
+from .pool.arguments import (
+    MAX_RESIZE_WAIT_S,
+    require_keys,
+    require_namespace,
+    require_size,
+    require_wait,
+)
 from .pool.ledger import Ledger
 from .pool.resize import Resize
 from .protocol.events import Event, Snapshot
@@ -47,10 +54,9 @@ from .types import (
     Tier,
 )
 
-__all__ = ["MemPool", "PoolLease", "PoolStore", "Resize"]
+__all__ = ["MAX_RESIZE_WAIT_S", "MemPool", "PoolLease", "PoolStore", "Resize"]
 
 MAX_SUBSCRIBERS = 64
-MAX_RESIZE_WAIT_S = 600.0
 _RESIZE_POLL_S = 0.005
 
 
@@ -79,7 +85,7 @@ class MemPool:
         on_events: Callable[[], None] | None = None,
         checksums: Checksums = Checksums.OFF,
     ) -> None:
-        self.namespace = namespace
+        self.namespace = require_namespace(namespace)
         self.generation = Generation(generation)
         self.layout = BlockLayout.of(namespace)
         self.arena = Arena(
@@ -150,7 +156,7 @@ class MemPool:
             raise ConfigError(
                 f"alloc_mem supports Tier.DRAM only, not {tier}: the engine's own pool manages HBM"
             )
-        if count < 0:
+        if require_size(count) < 0:
             raise ConfigError(f"alloc_mem of {count} blocks")
         with self._lock:
             blocks, evicted = self._ledger.allocate(count)
@@ -164,7 +170,8 @@ class MemPool:
         return blocks
 
     def free_mem(self, blocks: Sequence[BlockId]) -> None:
-        """Give back blocks of ``alloc_mem`` that were not inserted."""
+        """Give back blocks of ``alloc_mem`` that were not inserted. ConfigError, and nothing
+        changes, when one is not such a block or is named twice."""
         with self._lock:
             if self._ledger.closed:
                 return
@@ -179,9 +186,12 @@ class MemPool:
         """Publish filled blocks of ``alloc_mem`` as the pages ``keys``, a chain under ``parent``.
 
         The pool owns all of ``blocks`` afterwards; those whose key was readable already are freed.
-        Returns the number of pages published.
+        Returns the number of pages published. ConfigError, and nothing changes, for keys that are
+        not 32 bytes and for blocks as ``free_mem`` refuses them.
         """
-        assert len(keys) == len(blocks), (len(keys), len(blocks))
+        require_keys(keys, parent)
+        if len(keys) != len(blocks):
+            raise ConfigError(f"insert of {len(keys)} keys and {len(blocks)} blocks")
         with self._lock:
             if self._ledger.closed:
                 return 0
@@ -220,10 +230,13 @@ class MemPool:
 
     def compute_checksums(self, blocks: Sequence[BlockId]) -> list[int]:
         """Of blocks that the caller has filled, to commit them with; empty if this pool keeps
-        none. Reads every byte, without the GIL."""
-        if self._checksumming is Checksums.OFF:
-            return []
-        return block_checksums(self.addresses(blocks), self.block_bytes)
+        none or is closed. Reads every byte, without the GIL."""
+        with self._lock:
+            if self._checksumming is Checksums.OFF or self._ledger.closed:
+                return []
+            # Held while it is read: the pool may be closed meanwhile.
+            memory = self.arena.view
+        return [checksum_of(memory[block].data) for block in blocks]
 
     def checksums(self, blocks: Sequence[BlockId]) -> list[int]:
         with self._lock:
@@ -244,7 +257,10 @@ class MemPool:
 
     def prepare_store(self, keys: Sequence[PageKey], *, parent: PageKey | None = None) -> PoolStore:
         """Blocks for those of ``keys`` (a chain under ``parent``) that are neither readable nor
-        being filled, evicting others if need be; see ``transfer.base.BlockStore``."""
+        being filled, evicting others if need be; see ``transfer.base.BlockStore``.
+
+        ConfigError for keys that are not 32 bytes."""
+        require_keys(keys, parent)
         with self._lock:
             store, evicted = self._ledger.begin_store(keys, parent, self._end_store)
         self._notify(wrote=evicted, published=False)
@@ -382,11 +398,12 @@ class MemPool:
         self._resize = None
 
     def _blocks_in(self, nbytes: int) -> int:
-        blocks = nbytes // self.layout.block_bytes
+        blocks = require_size(nbytes) // self.layout.block_bytes
         if blocks <= 0:
             raise ConfigError(
                 f"a DRAM pool of {nbytes} bytes holds no block of "
-                f"{self.layout.block_bytes} bytes; give it a larger size (--mempool-dram)"
+                f"{self.layout.block_bytes} bytes; give it a larger size "
+                f"(MemPool: arena_bytes; an instance: --mempool-dram)"
             )
         return blocks
 
@@ -444,10 +461,3 @@ class MemPool:
         if published:
             for on_readable in self._subscribers:
                 on_readable()
-
-
-def require_wait(wait_s: float) -> float:
-    """Written so that NaN is refused too."""
-    if not 0 <= wait_s <= MAX_RESIZE_WAIT_S:
-        raise LimitExceeded(f"wait of {wait_s} s, allowed are 0 to {MAX_RESIZE_WAIT_S:g} s")
-    return wait_s

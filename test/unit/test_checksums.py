@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 import xxhash
 from numpy.typing import NDArray
-from sglang_memserve.checksums import UNKNOWN, block_checksum, block_checksums, first_damaged
+from sglang_memserve import mempool
+from sglang_memserve.checksums import (
+    UNKNOWN,
+    block_checksum,
+    block_checksums,
+    checksum_of,
+    first_damaged,
+)
 from sglang_memserve.memory.checksums import ChecksumTable
 from sglang_memserve.mempool import MemPool
 from sglang_memserve.transfer.verify import InlineVerifier, ThreadVerifier, Verdict, Verifier
@@ -170,3 +177,20 @@ def test_a_page_that_moves_takes_its_checksum_along() -> None:
     assert pool.total_blocks == 4 and blocks
     assert pool.checksums(blocks) == block_checksums(map(pool.address, blocks), size)
     pool.close()
+
+
+def test_a_pool_that_is_closed_meanwhile_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = NAMESPACE.block_bytes
+    pool = MemPool(NAMESPACE, arena_bytes=8 * size, generation="g", checksums=Checksums.ON)
+    store = pool.prepare_store(KEYS[:2])
+    blocks = [block for _, block in store.missing]
+
+    def close_first(memory: memoryview) -> int:
+        pool.close()
+        return checksum_of(memory)
+
+    monkeypatch.setattr(mempool, "checksum_of", close_first)
+    zeros = checksum_of(memoryview(bytes(size)))
+    assert pool.compute_checksums(blocks) == [zeros, zeros]
+    assert pool.compute_checksums(blocks) == []
+    store.commit(checksums=[])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from sglang_memserve.protocol.events import (
     encode_snapshot,
 )
 from sglang_memserve.transfer.base import BlockStore
-from sglang_memserve.types import Namespace, PageKey, Tier
+from sglang_memserve.types import BlockId, Eviction, Namespace, PageKey, Tier
 
 NAMESPACE = Namespace("model", "1", "bfloat16", 4, 2, 1, 8, 8, 0, 1)
 
@@ -104,20 +105,71 @@ def test_alloc_is_all_or_nothing_and_spares_pages_it_cannot_replace(pool: MemPoo
 def test_free_mem_takes_only_what_alloc_mem_gave(pool: MemPool) -> None:
     blocks = pool.alloc_mem(2)
     pool.free_mem(blocks)
-    with pytest.raises(AssertionError):
+    with pytest.raises(ConfigError, match="not one of alloc_mem's"):
         pool.free_mem(blocks)
     store = pool.prepare_store(chain("a", 1))
-    with pytest.raises(AssertionError):
+    with pytest.raises(ConfigError, match="not one of alloc_mem's"):
         pool.free_mem([store.missing[0][1]])
     store.abort()
+
+
+def test_blocks_that_are_refused_are_not_lost(pool: MemPool) -> None:
+    first, second = pool.alloc_mem(2)
+    foreign, keys = BlockId(999), chain("a", 2)
+    for wrong in ([first, foreign], [first, first]):
+        with pytest.raises(ConfigError, match="block"):
+            pool.free_mem(wrong)
+        pool.check()
+        with pytest.raises(ConfigError, match="block"):
+            pool.insert(keys, wrong)
+        pool.check()
+    with pytest.raises(ConfigError, match="2 keys and 1 blocks"):
+        pool.insert(keys, [first])
+    assert pool.insert(keys, [first, second]) == 2
+
+
+@pytest.mark.parametrize("eviction", Eviction)
+def test_only_keys_of_32_bytes_are_stored(eviction: Eviction) -> None:
+    pool = make(eviction=eviction)
+    blocks, good = pool.alloc_mem(1), chain("a", 1)[0]
+    text, mutable = cast(PageKey, "k" * 32), cast(PageKey, bytearray(32))
+    for wrong in (*(PageKey(b"k" * size) for size in (0, 3, 8, 31, 33, 64)), text, mutable):
+        for keys, parent in (([good, wrong], None), ([good], wrong)):
+            with pytest.raises(ConfigError, match="32 bytes"):
+                pool.prepare_store(keys, parent=parent)
+        with pytest.raises(ConfigError, match="32 bytes"):
+            pool.insert([wrong], blocks)
+        pool.check()
+    assert pool.insert([good], blocks) == 1
+    pool.check()
+    pool.close()
 
 
 def test_commit_of_more_than_there_is(pool: MemPool) -> None:
     store = pool.prepare_store(chain("a", 2))
     for count in (-1, 3):
-        with pytest.raises(AssertionError):
+        with pytest.raises(ConfigError, match="commit of"):
             store.commit(count)
-    store.commit(2)
+    for checksums in ([1], [-1, 1], [1, 2**64]):
+        with pytest.raises(ConfigError, match="checksum"):
+            store.commit(checksums=checksums)
+        pool.check()
+    store.commit(2, [0, 2**64 - 1])
+    assert pool.readable_pages(chain("a", 2)) == 2
+
+
+def test_a_namespace_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="Namespace, not 'ns'"):
+        MemPool(cast(Namespace, "ns"), arena_bytes=1 << 20, generation="g")
+
+
+def test_sizes_that_are_no_whole_numbers(pool: MemPool) -> None:
+    for size in (float("inf"), float("nan"), 3e6):
+        with pytest.raises(ConfigError, match="whole number"):
+            pool.resize(cast(int, size))
+        with pytest.raises(ConfigError, match="whole number"):
+            pool.alloc_mem(cast(int, size))
+    pool.resize(np.int64(pool.arena_bytes))  # type: ignore[arg-type]
 
 
 def test_a_page_being_filled_is_invisible_and_asked_for_once(pool: MemPool) -> None:

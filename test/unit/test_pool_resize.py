@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sglang_memserve.errors import ConfigError, LimitExceeded
 from sglang_memserve.memory import arena as arena_module
 from sglang_memserve.mempool import MemPool
@@ -331,3 +332,40 @@ def test_readers_and_writers_beside_it(pool: MemPool) -> None:
     stats = pool.stats()
     assert stats["moved_pages_total"] > 0
     assert stats["free_blocks"] + stats["ready_blocks"] == stats["total_blocks"]
+
+
+class Interrupted:
+    """Stands for the arena's memory: a signal comes while the second block is copied."""
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self._memory = memory
+        self._copied = 0
+
+    def __getitem__(self, block: int) -> NDArray[np.uint8]:
+        page: NDArray[np.uint8] = self._memory[block]
+        return page
+
+    def __setitem__(self, block: int, page: NDArray[np.uint8]) -> None:
+        if self._copied == 1:
+            raise KeyboardInterrupt
+        self._copied += 1
+        self._memory[block] = page
+
+
+def test_an_interrupted_copy_leaves_a_pool_that_works(
+    pool: MemPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = chain("a", 16)
+    put(pool, keys)
+    pool.delete(keys[:8])
+    with monkeypatch.context() as patch:
+        reserved = Interrupted(pool.arena.reserved)
+        patch.setattr(arena_module.Arena, "reserved", property(lambda arena: reserved))
+        with pytest.raises(KeyboardInterrupt):
+            pool.resize(2 * SLAB * BLOCK, wait_s=5.0)
+    pool.check()
+    values = pool.stats()
+    assert [values[f"{kind}_blocks"] for kind in ("withdrawn", "filling", "pinned")] == [0, 0, 0]
+    assert pool.resize(2 * SLAB * BLOCK).outcome is ResizeOutcome.RESIZED
+    for key in keys[8:]:
+        assert pool.arena.view[pool.match([key])[0]].tobytes() == content(key).tobytes()

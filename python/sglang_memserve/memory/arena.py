@@ -252,7 +252,8 @@ def _require_memory(nbytes: int) -> None:
     if nbytes > limit:
         raise ConfigError(
             f"a DRAM pool of {nbytes / 2**30:.1f} GiB does not fit into "
-            f"{limit / 2**30:.1f} GiB of memory; give it a smaller size (--mempool-dram)"
+            f"{limit / 2**30:.1f} GiB of memory; give it a smaller size "
+            f"(MemPool: arena_bytes; an instance: --mempool-dram)"
         )
 
 

@@ -9,8 +9,10 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from types import TracebackType
 
-from ..errors import LimitExceeded
+from ..errors import ConfigError, LimitExceeded
 from ..types import BlockId, PageKey
+
+_MAX_CHECKSUM = 2**64 - 1
 
 
 class PoolLease:
@@ -175,10 +177,15 @@ class PoolStore:
     def commit(self, count: int | None = None, checksums: Sequence[int] = ()) -> None:
         """Publish the first ``count`` of ``missing`` (all of them if None), free the rest.
 
-        ``checksums``: one for each of ``missing`` (see ``checksums``), or none at all."""
+        ``checksums``: one for each of ``missing`` (see ``checksums``), or none at all. ConfigError,
+        and the store goes on, for a ``count`` or checksums that cannot be."""
         wanted = len(self.missing) if count is None else count
-        assert 0 <= wanted <= len(self.missing), (wanted, len(self.missing))
-        assert len(checksums) in (0, len(self.missing)), (len(checksums), len(self.missing))
+        if not 0 <= wanted <= len(self.missing):
+            raise ConfigError(f"commit of {wanted} blocks of {len(self.missing)}")
+        if len(checksums) not in (0, len(self.missing)):
+            raise ConfigError(f"{len(checksums)} checksums of {len(self.missing)} blocks")
+        if checksums and not 0 <= min(checksums) <= max(checksums) <= _MAX_CHECKSUM:
+            raise ConfigError("a checksum is an integer of 64 bits, not negative")
         self._end(self, wanted, checksums)
 
     def abort(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from ..errors import ConfigError
 from ..index.device_pages import DevicePages
 from ..index.journal import Cleared, Dropped, Journal, Record, Stored
 from ..index.local_index import LocalIndex, Removed
@@ -120,9 +121,14 @@ class Ledger:
         return blocks, evicted
 
     def take_unpublished(self, blocks: Sequence[BlockId]) -> None:
-        for block in blocks:
-            assert block in self.unpublished, f"block {block} does not come from alloc_mem"
-            self.unpublished.remove(block)
+        """ConfigError, and nothing changes, unless all are of ``allocate``, each named once."""
+        taken = set(blocks)
+        if not taken <= self.unpublished:
+            block = next(iter(taken - self.unpublished))
+            raise ConfigError(f"block {block} is not one of alloc_mem's that wait to be inserted")
+        if len(taken) != len(blocks):
+            raise ConfigError(f"a block is named twice among {list(blocks)!s:.100}")
+        self.unpublished -= taken
 
     # -- stores --
 

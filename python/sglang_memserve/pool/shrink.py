@@ -122,8 +122,14 @@ class Shrink:
         self._ledger.shrink()
 
     def abort(self) -> None:
-        assert not self.moves, "moves are under way"
-        self._ledger.allocator.restore()
+        """Pages whose copy was interrupted stay where they are."""
+        ledger, moves = self._ledger, self.moves
+        self.moves = []
+        for source, target in moves:
+            ledger.moving.remove(target)
+            ledger.allocator.free((target,))
+            ledger.allocator.free(ledger.index.unpin((source,)))
+        ledger.allocator.restore()
 
     def blockers(self) -> Blockers:
         """O(blocks in use above the new end + pinned blocks)."""
