@@ -29,6 +29,7 @@ from .config import DEFAULT_EVICTION
 from .errors import ConfigError, LimitExceeded, OutOfBlocks
 from .index.journal import Record, rebuild, to_events
 from .memory.arena import SLAB_BYTES, Arena, Pinner
+from .memory.backing import WORTH_BYTES, Backing
 from .memory.layout import BlockLayout
 from .memory.lease import PoolLease, PoolStore
 from .pool.arguments import (
@@ -48,6 +49,7 @@ from .types import (
     Generation,
     Namespace,
     PageKey,
+    Prefault,
     Progress,
     Region,
     ResizeResult,
@@ -67,7 +69,8 @@ class MemPool:
     machine has. It may change later up to ``reserve_bytes`` (the machine's memory if None), in
     slabs of about ``slab_bytes``. ``eviction`` says which pages make room. ``clock`` gives seconds
     and times leases. ``on_events`` is called, on any thread and outside the lock, after new events
-    can be drained.
+    can be drained. ``prefault``: whether a thread of low priority has the memory backed from the
+    start, and what is added later; a pool below 64 MiB has no such thread.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class MemPool:
         max_lease_ttl_s: float = 3600.0,
         on_events: Callable[[], None] | None = None,
         checksums: Checksums = Checksums.OFF,
+        prefault: Prefault = Prefault.BACKGROUND,
     ) -> None:
         self.namespace = require_namespace(namespace)
         self.generation = Generation(generation)
@@ -107,6 +111,11 @@ class MemPool:
         self._resize: Resize | None = None
         self._resizer: str | None = None
         self._pinner: Pinner | None = None
+        self._backing: Backing | None = None
+        if prefault is Prefault.BACKGROUND:
+            self._backing = Backing(self.arena.reserved)
+        for region in self.regions():
+            self._attach(*region)
         self._subscribers: list[Callable[[], None]] = []
 
     # -- geometry --
@@ -382,13 +391,26 @@ class MemPool:
                 target_blocks,
                 on_evicted=self._on_evicted,
                 on_end=self._on_resized,
-                pinner=self._pinner,
+                attach=self._attach,
+                detach=self._detach,
             )
             return self._resize
 
     def own_resizing(self, owner: str | None) -> None:
         """``owner`` registers this memory, so only it may change its size (None: nobody does)."""
         self._resizer = owner
+
+    def _attach(self, base: int, length: int) -> None:
+        if self._pinner is not None:
+            self._pinner.pin(base, length)
+        if self._backing is not None and self.arena.nbytes >= WORTH_BYTES:
+            self._backing.add(base, length)
+
+    def _detach(self, base: int, length: int) -> None:
+        if self._backing is not None:
+            self._backing.remove(base, length)
+        if self._pinner is not None:
+            self._pinner.unpin(base, length)
 
     def _on_evicted(self) -> None:
         self._notify(wrote=True, published=False)
@@ -430,6 +452,8 @@ class MemPool:
             if self._ledger.closed:
                 return
             self._ledger.close()
+        if self._backing is not None:
+            self._backing.close()
         self.arena.close()
 
     def check(self) -> None:

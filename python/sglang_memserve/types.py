@@ -54,6 +54,14 @@ class Tier(Enum):
     DRAM = "CPU_PINNED"
 
 
+class Prefault(Enum):
+    """When the system hands over a pool's memory, zeroed: in the background from the start, or each
+    page when it is first touched, by whoever touches it."""
+
+    BACKGROUND = "background"
+    NONE = "none"
+
+
 class Checksums(Enum):
     """Whether an instance computes a checksum of each block it fills."""
 

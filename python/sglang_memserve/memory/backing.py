@@ -20,25 +20,33 @@ log = logging.getLogger(__name__)
 _MADV_POPULATE_WRITE = 23
 # Whoever gives memory back waits for the step under way.
 _STEP_BYTES = 2 << 20
+# A smaller pool is not worth a thread.
+WORTH_BYTES = 64 << 20
 _NICENESS = 10
 _CLOSE_S = 10.0
 
 
 class Backing:
-    """Ranges to back, in the order they came. Thread-safe; the thread lives while there are any."""
+    """Ranges of ``memory`` to back, in the order they came. Thread-safe; the thread lives while
+    there are any, and ``memory`` with it: it stays mapped until ``close``."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: object) -> None:
+        self._memory = memory
+        self._closed = False
         self._lock = threading.Lock()
         self._ranges: list[tuple[int, int]] = []
         self._thread: threading.Thread | None = None
 
     def add(self, base: int, length: int) -> None:
-        """Back ``length`` bytes at ``base``, soon. What they hold does not change."""
+        """Back ``length`` bytes at ``base``, soon. What they hold does not change. Nothing after
+        ``close``."""
         start = -(-base // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = (base + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if stop <= start:
             return
         with self._lock:
+            if self._closed:
+                return
             self._ranges.append((start, stop))
             if self._thread is None:
                 self._thread = threading.Thread(
@@ -61,9 +69,13 @@ class Backing:
             return sum(stop - start for start, stop in self._ranges)
 
     def close(self) -> None:
+        """Waits for a step at most; lets go of the memory."""
         with self._lock:
+            self._closed = True
             self._ranges.clear()
             thread = self._thread
+            # Steps are done under the lock, so there will be none.
+            self._memory = None
         if thread is not None:
             thread.join(_CLOSE_S)
 

@@ -14,7 +14,6 @@ import torch
 from ..errors import DeviceError
 from ..kernels import native
 from .arena import Arena
-from .backing import Backing
 from .copies.base import Copies, Load, PoolTensors, Rows
 from .copies.choice import Ways, for_accelerator
 from .copies.cpu import CpuCopies
@@ -48,7 +47,6 @@ class DevicePool:
         self.is_accelerator = self.device.type != "cpu"
         self._copies: Copies
         self._pins: PinnedRanges | None = None
-        self._backing = Backing()
         if self.is_accelerator:
             self._copies, self._pins = for_accelerator(tensors, ways or Ways())
         else:
@@ -61,10 +59,8 @@ class DevicePool:
     def pin(self, base: int, length: int) -> None:
         """Let the device reach this part of an arena; where it cannot, copies are staged.
 
-        Takes about as long as touching all of it. On a CPU it is backed with memory in the
-        background, so that no store waits for the system to zero it."""
+        Takes about as long as touching all of it; nothing on a CPU."""
         if self._pins is None:
-            self._backing.add(base, length)
             return
         try:
             self._pins.pin(base, length)
@@ -79,7 +75,6 @@ class DevicePool:
     def unpin(self, base: int, length: int) -> None:
         """Before this part of an arena is given back; no copy uses it any more."""
         if self._pins is None:
-            self._backing.remove(base, length)
             return
         try:
             self._pins.unpin(base, length)
@@ -92,7 +87,6 @@ class DevicePool:
 
     def close(self) -> None:
         """Unpin everything. Before the arena's memory goes."""
-        self._backing.close()
         if self._pins is not None:
             self._pins.close()
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from ..memory.arena import Arena, Pinner, Slab
+from ..memory.arena import Arena, Slab
 from ..types import BlockId, Progress, Region, ResizeOutcome, ResizeResult
 from .ledger import Ledger
 from .shrink import Blockers, Shrink
@@ -36,15 +36,18 @@ class Resize:
         *,
         on_evicted: Callable[[], None],
         on_end: Callable[[], None],
-        pinner: Pinner | None,
+        attach: Callable[[int, int], None],
+        detach: Callable[[int, int], None],
     ) -> None:
-        """The lock is held. Raises what ``Arena.grow`` raises."""
+        """The lock is held. ``attach`` and ``detach`` are called without it, for each range
+        (address, bytes) that comes or goes. Raises what ``Arena.grow`` raises."""
         self._lock = lock
         self._ledger = ledger
         self._arena = arena
         self._on_evicted = on_evicted
         self._on_end = on_end
-        self._pinner = pinner
+        self._attach = attach
+        self._detach = detach
         self._ended = False
         self._before = ledger.total_blocks
         self._shrink: Shrink | None = None
@@ -101,12 +104,11 @@ class Resize:
 
     def complete(self) -> ResizeResult:
         """The pool has its new size. After ``vacate`` said DONE."""
-        if self._pinner is not None:
-            # Nobody copies there: not yet, or not any more.
-            for region in self.adds:
-                self._pinner.pin(*region)
-            for region in self.removes:
-                self._pinner.unpin(*region)
+        # Nobody copies there: not yet, or not any more.
+        for region in self.adds:
+            self._attach(*region)
+        for region in self.removes:
+            self._detach(*region)
         gone = (0, 0)
         with self._lock:
             assert not self._ended, "the resize has ended"
