@@ -241,18 +241,20 @@ def processes(folder: Path, plan: Plan, worker: int) -> dict[str, Any]:
 
 def start_up(rounds: int) -> dict[str, Any]:
     """The least of some rounds too: the first one reads files that the others find in memory."""
-    seconds, memory = [], []
+    seconds, used, memory = [], [], []
     for _ in range(rounds):
         port = free_port()
         began = time.monotonic()
         with running(("-m", "sglang_memserve.router", "--port", str(port)), None) as process:
             until(port, "/liveness", 200)
             seconds.append(time.monotonic() - began)
+            used.append(processor_s(process))
             time.sleep(0.5)
             memory.append(process.memory_info().rss / 1e6)
     return {
         "seconds_median": round(statistics.median(seconds), 2),
         "seconds_min": round(min(seconds), 2),
+        "processor_seconds_median": round(statistics.median(used), 2),
         "resident_mb": round(statistics.median(memory), 1),
     }
 
@@ -416,6 +418,7 @@ def measure(folder: Path, plan: Plan, peer: str | None) -> dict[str, Any]:
         routers = start_routers(stack, worker, peer, routing)
         ports = {name: port for name, (port, _) in routers.items()}
         result["paced"] = paced(Bench(folder, plan, worker, routers), worker, ports)
+    os.sched_setaffinity(0, cores)
     return result
 
 
