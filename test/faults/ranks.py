@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 from faults.rank_process import Setup, main
 
 LIMIT_S = 60.0
@@ -166,6 +167,15 @@ class RankProcess:
         assert self._process.pid is not None
         os.kill(self._process.pid, signal.SIGSTOP)
         self._stopped = True
+        # The signal is only sent by now, and a thread on the other core may still answer.
+        until = time.monotonic() + LIMIT_S
+        while any(state != psutil.STATUS_STOPPED for state in self._thread_states()):
+            assert time.monotonic() < until, f"{self.name} does not stop"
+            time.sleep(0.001)
+
+    def _thread_states(self) -> list[str]:
+        tasks = [int(name) for name in os.listdir(f"/proc/{self._process.pid}/task")]
+        return [psutil.Process(task).status() for task in tasks]
 
     def resume(self) -> None:
         assert self._process.pid is not None
