@@ -39,3 +39,20 @@ def test_the_router_imports_nothing_heavy() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_names_of_the_package_load_what_they_need_and_no_more() -> None:
+    code = """
+import sys, sglang_memserve
+assert not {"numpy", "zmq"} & set(sys.modules), "the package alone loads libraries"
+pool, agent = sglang_memserve.MemPool, sglang_memserve.RankAgent
+from sglang_memserve import FetchRequest, Namespace, page_keys
+assert not {"torch", "sglang", "nixl", "triton"} & set(sys.modules)
+from sglang_memserve import NixlTransport
+assert all(hasattr(sglang_memserve, name) for name in sglang_memserve.__all__)
+assert not hasattr(sglang_memserve, "no_such_name")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr

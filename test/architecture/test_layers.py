@@ -17,6 +17,8 @@ SAYING = LOW | {"protocol", "hashing", "checksums"}
 
 # What each part may import besides itself. A part is a folder or a module of the package.
 ALLOWED: dict[str, frozenset[str]] = {
+    # The package itself: names for programs of one's own, loaded when they are asked for.
+    "": SAYING | {"mempool", "transfer"},
     "types": frozenset(),
     "errors": frozenset(),
     "kernels": BASE,
