@@ -335,15 +335,12 @@ class Instances:
         if other is None or other.info is None:
             return
         ours = other.info
-        try:
-            require_same_namespace(ours.namespace, info.namespace)
-        except NamespaceMismatch as error:
-            raise NamespaceMismatch(f"{info.url} against {other.id}: {error}") from error
+        require_same_namespace(ours.namespace, info.namespace, other.id, info.url)
         for name in ("page_size", "layout_hash"):
             here, there = getattr(ours, name), getattr(info, name)
             if here != there:
                 raise NamespaceMismatch(
-                    f"{info.url} against {other.id}: {name}: ours {here!r}, theirs {there!r}"
+                    f"{name}: {other.id} has {here!r}, {info.url} has {there!r}"
                 )
 
     def _require_same_model(self, instance: InstanceId, model: str) -> None:

@@ -43,7 +43,8 @@ class Limits:
     """Upper bounds of one rank, all of them; ``docs/transfer.md`` says what happens at each.
 
     Durations are seconds. Of leases granted to peers: ``max_leases``, ``max_leases_per_peer``,
-    ``max_leased_bytes_per_peer``, and ``max_parked`` requests that wait for pages. Of fetches:
+    ``max_leased_bytes_per_peer``, and ``max_parked`` requests that wait for pages, of
+    ``max_parked_pages`` together and ``max_parked_pages_per_peer``. Of fetches:
     ``max_fetches`` run and ``max_queued_fetches`` wait; each names at most ``max_sources``, has
     ``max_rounds`` leases of a source at a time, and ``max_reading_bytes_per_peer`` are on their
     way. Ended fetches pin at most ``max_grace_leases`` and ``grace_share`` of all blocks. At most
@@ -58,6 +59,8 @@ class Limits:
     max_leases_per_peer: int = 256
     max_leased_bytes_per_peer: int = 8 << 30
     max_parked: int = 256
+    max_parked_pages: int = 524_288
+    max_parked_pages_per_peer: int = 65_536
     max_fetches: int = 8
     max_queued_fetches: int = 64
     max_pages_per_request: int = 65_536

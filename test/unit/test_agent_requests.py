@@ -45,7 +45,9 @@ def test_another_namespace_is_refused_with_the_reason(ranks: Callable[..., Rank]
     put(holder.pool, KEYS)
     fetched = reader.fetch(holder, KEYS)
     assert fetched.outcome == "namespace_mismatch"
-    assert "'another model'" in fetched.sources[0].detail and "'m'" in fetched.sources[0].detail
+    # Told by the holder, read by the reader: each value goes with its instance.
+    detail = fetched.sources[0].detail
+    assert f"http://{holder.generation} has 'm', http://{reader.generation} has 'another" in detail
     with Asker(holder.agent.peer_address) as asker:
         reply = asker.ask(Hello(PROTOCOL_VERSION, "x", "y", other))
         assert isinstance(reply, ErrorReply) and reply.kind == "NamespaceMismatch"
@@ -56,16 +58,16 @@ def test_another_namespace_is_refused_with_the_reason(ranks: Callable[..., Rank]
 
 
 def test_shards_of_another_rank_or_split_are_refused(ranks: Callable[..., Rank]) -> None:
-    """What the reader is told names both sides' values, as the holder sees them."""
+    """What the reader is told names both sides' values, each with its instance."""
     holder = ranks(namespace=Namespace("m", "1", "float16", 16, 2, 2, 64, 64, 0, 2))
     put(holder.pool, KEYS)
     crossed = ranks(namespace=Namespace("m", "1", "float16", 16, 2, 2, 64, 64, 1, 2))
     (source,) = crossed.fetch(holder, KEYS).sources
     assert source.outcome == "namespace_mismatch"
-    assert "tp_rank: ours 0, theirs 1" in source.detail
+    assert f"tp_rank: http://{holder.generation} has 0" in source.detail
     whole = ranks(namespace=Namespace("m", "1", "float16", 16, 2, 2, 64, 64, 0, 1))
     (source,) = whole.fetch(holder, KEYS).sources
-    assert "tp_size: ours 2, theirs 1" in source.detail
+    assert f"http://{whole.generation} has 1" in source.detail
 
 
 def lease(rank: Rank, ttl_s: float = 5.0, wait_s: float = 0.0, **changes: object) -> LeaseRequest:

@@ -164,10 +164,10 @@ def test_another_boot_at_the_same_url_replaces_the_old_one(fleet: Fleet) -> None
     ("changes", "message"),
     [
         ({"served_model_name": "other"}, "serves model 'other', http://a:1 serves 'model'"),
-        ({"namespace": WIDER}, "page_size: ours 16, theirs 32"),
-        ({"layout_hash": "0" * 16}, "layout_hash: ours"),
-        ({"page_size": 8}, "page_size: ours 16, theirs 8"),
-        ({"namespace": SPLIT}, "tp_size: ours 1, theirs 2"),
+        ({"namespace": WIDER}, "page_size: http://a:1 has 16, http://b:1 has 32"),
+        ({"layout_hash": "0" * 16}, "layout_hash: http://a:1 has"),
+        ({"page_size": 8}, "page_size: http://a:1 has 16, http://b:1 has 8"),
+        ({"namespace": SPLIT}, "tp_size: http://a:1 has 1, http://b:1 has 2"),
     ],
 )
 def test_a_mismatch_is_refused_with_both_values(

@@ -10,6 +10,7 @@ from sglang_memserve.errors import ConfigError, LimitExceeded
 from sglang_memserve.protocol.control import ErrorReply, FetchRequest, LeaseReply, LeaseRequest
 from sglang_memserve.transfer.loopback import LoopbackTransport
 from sglang_memserve.transfer.port import FetchSettings
+from sglang_memserve.types import PageKey
 from unit.agents import BLOCK, KEYS, LIMIT_S, Asker, Rank, holds, put, until
 
 Ranks = Callable[..., Rank]
@@ -81,6 +82,48 @@ def test_lease_requests_that_wait(ranks: Ranks) -> None:
         one.post(lease(holder, wait_s=10.0))
         until(lambda: holder.stats()["transfer_lease_requests_parked"] == 1)
         assert "max_parked is 1" in refusal(two.ask(lease(holder, wait_s=10.0)))
+
+
+def test_pages_that_are_waited_for(ranks: Ranks) -> None:
+    limits = Limits(max_parked_pages=50, max_parked_pages_per_peer=41)
+    holder = ranks(limits=limits)
+    with Asker(holder.agent.peer_address) as one, Asker(holder.agent.peer_address) as two:
+        one.post(lease(holder, wait_s=10.0))
+        until(lambda: holder.stats()["transfer_lease_requests_parked"] == 1)
+        text = refusal(one.ask(lease(holder, KEYS[:2], wait_s=10.0)))
+        assert "42 pages, max_parked_pages_per_peer is 41" in text
+        text = refusal(two.ask(lease(holder, KEYS[:11], wait_s=10.0)))
+        assert "51 pages would be waited for, max_parked_pages is 50" in text
+        two.post(lease(holder, KEYS[:10], wait_s=10.0))
+        until(lambda: holder.stats()["transfer_lease_requests_parked"] == 2)
+
+
+def test_long_lists_that_wait_cost_no_more_than_short_ones(ranks: Ranks) -> None:
+    """As many pages as the default bounds allow, of which all but the last are readable."""
+    holder = ranks()
+    put(holder.pool, KEYS[:1])
+    looked: list[int] = []
+    readable_pages = holder.pool.readable_pages
+
+    def counted(keys: Sequence[PageKey]) -> int:
+        looked.append(len(keys))
+        return readable_pages(keys)
+
+    with Asker(holder.agent.peer_address) as asker:
+        keys: list[bytes] = [*KEYS[:1] * 65_535, KEYS[1]]
+        asker.post(LeaseRequest(holder.generation, keys, len(keys), 30.0, 1.0))
+        until(lambda: holder.stats()["transfer_lease_requests_parked"] == 1)
+        holder.pool.readable_pages = counted  # type: ignore[method-assign]
+        put(holder.pool, KEYS[2:3])
+        until(lambda: len(looked) > 2)
+        assert max(looked) <= 64
+        # The first page is evicted before the last one comes: not enough are readable.
+        holder.pool.delete(KEYS[:1])
+        put(holder.pool, KEYS[1:2])
+        until(lambda: max(looked) > 64)
+        assert holder.stats()["transfer_lease_requests_parked"] == 1
+        put(holder.pool, KEYS[:1])
+        until(lambda: holder.stats()["transfer_lease_requests_parked"] == 0)
 
 
 def test_a_reader_waits_for_longer_than_its_source_does(ranks: Ranks) -> None:

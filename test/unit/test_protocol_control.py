@@ -84,9 +84,9 @@ def test_memory_that_cannot_be_is_refused(memory: list[tuple[int, int]]) -> None
 
 def test_the_handshake_names_what_differs() -> None:
     other = Namespace("m", "2", "float16", 16, 30, 3, 64, 64, 0, 1)
-    handshake.require_same_namespace(NAMESPACE, NAMESPACE)
-    with pytest.raises(NamespaceMismatch, match=r"weight_version: ours '1', theirs '2'; kv_dtype"):
-        handshake.require_same_namespace(NAMESPACE, other)
+    handshake.require_same_namespace(NAMESPACE, NAMESPACE, "a", "b")
+    with pytest.raises(NamespaceMismatch, match=r"weight_version: a has '1', b has '2'; kv_dtype"):
+        handshake.require_same_namespace(NAMESPACE, other, "a", "b")
     assert handshake.layout_hash(NAMESPACE) != handshake.layout_hash(other)
     handshake.require_same_version(PROTOCOL_VERSION)
     with pytest.raises(VersionMismatch):

@@ -25,12 +25,14 @@ def require_same_version(theirs: int) -> None:
         )
 
 
-def require_same_namespace(ours: Namespace, theirs: Namespace) -> None:
-    """Raises NamespaceMismatch naming each differing field with both values."""
+def require_same_namespace(one: Namespace, other: Namespace, one_id: str, other_id: str) -> None:
+    """Raises NamespaceMismatch naming each differing field with both values, and whose each is:
+    the text is read on both sides."""
     differing = [
-        f"{field.name}: ours {getattr(ours, field.name)!r}, theirs {getattr(theirs, field.name)!r}"
+        f"{field.name}: {one_id} has {getattr(one, field.name)!r}, "
+        f"{other_id} has {getattr(other, field.name)!r}"
         for field in fields(Namespace)
-        if getattr(ours, field.name) != getattr(theirs, field.name)
+        if getattr(one, field.name) != getattr(other, field.name)
     ]
     if differing:
         raise NamespaceMismatch("pages are not interchangeable: " + "; ".join(differing))

@@ -108,7 +108,9 @@ class PeerTable:
 
         Raises NamespaceMismatch, VersionMismatch, TransferFailed."""
         handshake.require_same_version(reply.version)
-        handshake.require_same_namespace(self._hello.namespace, reply.namespace)
+        handshake.require_same_namespace(
+            self._hello.namespace, reply.namespace, self._hello.instance_id, reply.instance_id
+        )
         if peer.connected is None or peer.connected.generation != reply.generation:
             self.disconnect(peer)
             peer.connected = self._connect(peer, reply)

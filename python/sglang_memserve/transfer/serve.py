@@ -29,6 +29,8 @@ from ..protocol.control import (
 from ..types import PageKey, Region
 from .base import Lease, Pool
 
+_LOOK_PAGES = 64
+
 Answer = Callable[[Message], None]
 
 
@@ -39,14 +41,30 @@ class _Grant:
     end_s: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Parked:
+    """``seen``: leading pages that were readable when last looked at."""
+
     owner: str
     keys: list[PageKey]
     min_pages: int
     ttl_s: float
     until_s: float
     answer: Answer
+    seen: int = 0
+
+    def ready(self, pool: Pool) -> bool:
+        """Looks on from the first page that was not readable, so that a long list costs no more
+        than a short one."""
+        while self.seen < self.min_pages:
+            window = self.keys[self.seen : self.seen + _LOOK_PAGES]
+            lead = pool.readable_pages(window)
+            self.seen += lead
+            if lead < len(window) and self.seen < self.min_pages:
+                return False
+        # Those in front may have been evicted meanwhile.
+        self.seen = pool.readable_pages(self.keys[: self.min_pages])
+        return self.seen >= self.min_pages
 
 
 @dataclass(slots=True)
@@ -124,11 +142,14 @@ class LeaseServer:
     def check(self) -> None:
         assert len(self._grants) <= self.limits.max_leases
         assert len(self._parked) <= self.limits.max_parked
+        assert sum(len(parked.keys) for parked in self._parked) <= self.limits.max_parked_pages
         assert 0 not in self._grants
 
     def _greet(self, hello: Hello) -> HelloReply:
         handshake.require_same_version(hello.version)
-        handshake.require_same_namespace(self._hello.namespace, hello.namespace)
+        handshake.require_same_namespace(
+            self._hello.namespace, hello.namespace, self._hello.instance_id, hello.instance_id
+        )
         return self._hello
 
     def _lease(self, owner: str, request: LeaseRequest, now: float, answer: Answer) -> None:
@@ -154,13 +175,27 @@ class LeaseServer:
             now + wait_s,
             answer,
         )
-        if wait_s == 0 or self._pool.readable_pages(keys) >= wanted.min_pages:
+        if wait_s == 0 or wanted.ready(self._pool):
             answer(self._grant(wanted, now))
-        elif len(self._parked) >= limits.max_parked:
-            text = f"{len(self._parked)} lease requests wait, max_parked is {limits.max_parked}"
-            raise LimitExceeded(text)
         else:
-            self._parked.append(wanted)
+            self._park(wanted)
+
+    def _park(self, wanted: _Parked) -> None:
+        """Raises LimitExceeded."""
+        limits, parked = self.limits, self._parked
+        if len(parked) >= limits.max_parked:
+            text = f"{len(parked)} lease requests wait, max_parked is {limits.max_parked}"
+            raise LimitExceeded(text)
+        pages = len(wanted.keys) + sum(len(other.keys) for other in parked)
+        if pages > limits.max_parked_pages:
+            text = f"{pages} pages would be waited for, max_parked_pages is"
+            raise LimitExceeded(f"{text} {limits.max_parked_pages}")
+        theirs = [other for other in parked if other.owner == wanted.owner]
+        pages = len(wanted.keys) + sum(len(other.keys) for other in theirs)
+        if pages > limits.max_parked_pages_per_peer:
+            text = f"this peer would wait for {pages} pages, max_parked_pages_per_peer is"
+            raise LimitExceeded(f"{text} {limits.max_parked_pages_per_peer}")
+        parked.append(wanted)
 
     def memory_changed(self, metadata: bytes, memory: list[Region]) -> None:
         """Peers that know the old memory learn with their next lease that they have to ask."""
@@ -224,8 +259,7 @@ class LeaseServer:
     def _retry_parked(self, now: float) -> None:
         still: list[_Parked] = []
         for parked in self._parked:
-            ready = self._pool.readable_pages(parked.keys) >= parked.min_pages
-            if not ready and now < parked.until_s:
+            if now < parked.until_s and not parked.ready(self._pool):
                 still.append(parked)
                 continue
             try:
