@@ -288,13 +288,20 @@ class MemPool:
         with self._lock:
             return self._ledger.end_expired()
 
-    def subscribe(self, on_readable: Callable[[], None]) -> None:
-        """Call back, on any thread and outside the lock, after pages became readable."""
+    def subscribe(self, on_readable: Callable[[], None]) -> Callable[[], None]:
+        """Call back, on any thread and outside the lock, after pages became readable. Returns what
+        ends it."""
         with self._lock:
             if len(self._subscribers) >= MAX_SUBSCRIBERS:
                 raise LimitExceeded(f"a pool has at most {MAX_SUBSCRIBERS} subscribers")
             # Replaced, not appended to: _notify walks the list outside the lock.
             self._subscribers = [*self._subscribers, on_readable]
+
+        def unsubscribe() -> None:
+            with self._lock:
+                self._subscribers = [one for one in self._subscribers if one is not on_readable]
+
+        return unsubscribe
 
     # -- events --
 
@@ -354,7 +361,7 @@ class MemPool:
         it at once. Raises as ``prepare_resize``, and ConfigError when an agent owns the size.
         """
         if self._resizer is not None:
-            raise ConfigError(f"{self._resizer} changes this pool's size: ask it")
+            raise ConfigError(f"{self._resizer} changes this pool's size: RankAgent.resize")
         # Not the pool's clock: that one times leases, and may be a test's.
         until_s = time.monotonic() + require_wait(wait_s)
         change = self.prepare_resize(total_bytes)

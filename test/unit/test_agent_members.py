@@ -37,16 +37,18 @@ LIMIT_S = 20.0
 
 
 class Rank:
-    def __init__(self, folder: Path, make: Callable[[str], Transport]) -> None:
+    def __init__(
+        self, folder: Path, make: Callable[[str], Transport], namespace: Namespace = NAMESPACE
+    ) -> None:
         self.generation = f"g-{secrets.token_hex(6)}"
         self.path = folder / f"{self.generation}.sock"
         self.pool = MemPool(
-            NAMESPACE, arena_bytes=16 * NAMESPACE.block_bytes, generation=self.generation
+            namespace, arena_bytes=16 * namespace.block_bytes, generation=self.generation
         )
         self.agent = RankAgent(
             self.pool,
             make(self.generation),
-            namespace=NAMESPACE,
+            namespace=namespace,
             instance_id=f"http://{self.generation}",
             generation=self.generation,
             rank=0,
@@ -139,3 +141,28 @@ def test_one_that_does_not_answer_does_not_keep_us_from_the_others(ranks: list[R
 def test_nonsense_is_refused(ranks: list[Rank]) -> None:
     with pytest.raises(ProtocolError, match="valid for -1"):
         ranks[0].introduce(valid_s=-1.0)
+
+
+@pytest.mark.parametrize("make", [LoopbackTransport, NixlTransport], ids=["loopback", "nixl"])
+def test_the_first_read_is_not_larger_than_a_block(make: Callable[[str], Transport]) -> None:
+    tiny = Namespace("m", "1", "float16", 1, 1, 1, 8, 8, 0, 1)
+    assert tiny.block_bytes < 64
+    with tempfile.TemporaryDirectory(prefix="ms-") as folder:
+        holder, reader = (Rank(Path(folder), make, tiny) for _ in range(2))
+        try:
+            holder.pool.arena.view[:] = 0xAA
+            # The first block is free when the member is read from, and those behind it are not.
+            first = reader.pool.prepare_store([PageKey(b"f" * 32)])
+            with reader.pool.prepare_store(KEYS) as store:
+                for index, block in store.missing:
+                    reader.pool.arena.view[block] = index
+                store.commit()
+            first.abort()
+            reader.introduce(holder)
+            reader.until("members_connected", 1)
+            found = [reader.pool.arena.view[block] for block in reader.pool.match(KEYS)]
+            assert len(found) == len(KEYS)
+            assert all((page == index).all() for index, page in enumerate(found))
+        finally:
+            holder.close()
+            reader.close()

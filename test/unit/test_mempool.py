@@ -333,10 +333,11 @@ def test_wakes_come_outside_the_lock() -> None:
     woken.set_event_wake(lambda: later.append("wake"))
     woken.prepare_store(chain("a", 2)).commit()
     assert later == ["wake"]
-    for _ in range(MAX_SUBSCRIBERS - 1):
-        woken.subscribe(lambda: None)
+    unsubscribe = [woken.subscribe(lambda: None) for _ in range(MAX_SUBSCRIBERS - 1)]
     with pytest.raises(LimitExceeded):
         woken.subscribe(lambda: None)
+    unsubscribe[0]()
+    woken.subscribe(lambda: None)
     woken.close()
 
 

@@ -6,12 +6,14 @@ import multiprocessing
 from collections.abc import Callable
 
 import pytest
+import zmq
 from sglang_memserve.config import Limits
 from sglang_memserve.errors import LimitExceeded, PeerUnreachable, ProtocolError
-from sglang_memserve.protocol.control import InfoRequest, OfferRequest
+from sglang_memserve.protocol.control import InfoRequest, OfferRequest, decode
 from sglang_memserve.transfer.loopback import LoopbackTransport
 from sglang_memserve.transfer.nixl import NixlTransport
-from sglang_memserve.transfer.offer import Offers
+from sglang_memserve.transfer.offer import Offers, offer
+from sglang_memserve.types import PageKey
 from unit.agents import BLOCK, KEYS, LIMIT_S, MakeTransport, Rank, holds, put, receive_offers
 
 
@@ -52,6 +54,39 @@ def test_receiver_that_is_not_there(ranks: Callable[..., Rank]) -> None:
         ranks().agent.transfer_with_insert("tcp://127.0.0.1:1", KEYS[:1], 0.05)
     with pytest.raises(ProtocolError, match="address"):
         ranks().agent.transfer_with_insert("nonsense", KEYS[:1], 0.05)
+
+
+def test_offers_that_make_no_sense(ranks: Callable[..., Rank]) -> None:
+    sender, receiver = ranks(), ranks(offers=Offers.TAKEN)
+    address = receiver.agent.peer_address
+    for deadline_s in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(ProtocolError, match="deadline"):
+            sender.agent.transfer_with_insert(address, KEYS[:1], deadline_s)
+    with pytest.raises(ProtocolError, match="page key of 3 bytes"):
+        sender.agent.transfer_with_insert(address, [PageKey(b"odd")], 1.0)
+    with pytest.raises(LimitExceeded, match="fetch_deadline_s"):
+        sender.agent.transfer_with_insert(address, KEYS[:1], 1e9)
+    sender.agent.close()
+    with pytest.raises(PeerUnreachable, match="not running"):
+        sender.agent.transfer_with_insert(address, KEYS[:1], 1.0)
+
+
+def test_the_deadline_of_an_offer_is_that_of_the_call() -> None:
+    """The fetch gets a little less of it, so that its answer arrives in time."""
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.rcvtimeo = int(LIMIT_S * 1000)
+    address = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
+    try:
+        for deadline_s, fetch_s in ((0.2, 0.15), (0.0, 0.0)):
+            with pytest.raises(PeerUnreachable, match="did not answer"):
+                offer(address, peer_id="p", peer_address="a", keys=[], deadline_s=deadline_s)
+            if deadline_s:
+                received = decode(router.recv_multipart()[2])
+                assert isinstance(received, OfferRequest)
+                assert received.deadline_s == pytest.approx(fetch_s)
+    finally:
+        context.destroy(0)
 
 
 def test_offer_is_not_for_the_local_socket(ranks: Callable[..., Rank]) -> None:

@@ -21,6 +21,8 @@ All durations are seconds relative to arrival: clocks of two machines are never 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 
 from ..errors import ProtocolError
@@ -30,6 +32,9 @@ from . import UNDECODABLE
 
 class _Message(msgspec.Struct, frozen=True, tag=True):
     pass
+
+
+_M = TypeVar("_M", bound=_Message)
 
 
 class Hello(_Message, frozen=True):
@@ -273,8 +278,21 @@ KEY_BYTES = 32
 _ADDRESSES = 2**64
 
 
-def encode(message: Message) -> bytes:
+def encode(message: _Message) -> bytes:
     return _encoder.encode(message)
+
+
+def as_received(message: _M) -> _M:
+    """``message`` as its receiver would have it: what code of this process made is checked as what
+    came over the network is. Raises ProtocolError."""
+    try:
+        received = decode(encode(message))
+    # Lists of other things, text that is no Unicode, numbers that are too large.
+    except (msgspec.MsgspecError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise ProtocolError(f"{type(message).__name__}: {error}") from error
+    if not isinstance(received, type(message)):
+        raise ProtocolError(f"a {type(message).__name__} is no message")
+    return received
 
 
 def decode(data: bytes) -> Message:

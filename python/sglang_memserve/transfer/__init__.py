@@ -18,6 +18,7 @@
 ``members``   who belongs to the cluster; connected before the first fetch
 ``session``   the reader's side: the fetches of a rank, reads that were given up
 ``resizer``   changes of the pool's size, with the network told of them
+``submissions``   fetches and sizes that other threads of this process ask for
 ``sockets``   the ZMQ sockets of a rank, as messages in and out
 ``client``    the HTTP process's end of a rank's local socket
 ``offer``     asks another rank to fetch from us

@@ -13,37 +13,46 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
 from ..config import Limits
-from ..errors import ConfigError, LimitExceeded, MemServeError, PeerUnreachable
-from ..protocol.control import FetchReply, FetchRequest
+from ..errors import ConfigError, MemServeError, PeerUnreachable
+from ..protocol.control import (
+    FetchReply,
+    FetchRequest,
+    ResizeReply,
+    ResizeRequest,
+    as_received,
+)
 from ..types import Namespace, PageKey
 from .base import Pool, Transport
-from .loop import AgentConfig, AgentLoop, Submission
+from .loop import AgentConfig, AgentLoop
 from .members import MembershipLimits
 from .offer import Offers, offer
 from .port import FetchSettings
 from .sockets import Wake
+from .submissions import FetchSubmission, ResizeSubmission, Submissions
 
 log = logging.getLogger(__name__)
 
 _START_S = 60.0
 _CLOSE_S = 10.0
-_MAX_SUBMISSIONS = 256
+_PORTS = 65_536
 _WILDCARDS = ("0.0.0.0", "::", "*", "")
 
 
 class RankAgent:
     """``transport`` is used by the agent's thread only, from ``register`` to ``close``.
 
-    ``host`` is what the peer and events sockets listen on; a wildcard needs ``advertise_host``.
+    ``namespace`` is the pool's. ``host`` is what the peer and events sockets listen on; a wildcard
+    needs ``advertise_host``. Either may be a name, which is looked up once, at the start: others
+    are told the address. ``local_path`` is for the local socket, whose folder is made if it is
+    missing.
     ``more_stats`` joins the answer to ``StatsRequest``; called on the agent's thread.
-    ``peer_port`` is the peer socket's; 0 takes any that is free.
+    ``peer_port`` is the peer socket's; 0 takes any that is free. Raises ConfigError.
     """
 
     def __init__(
@@ -65,8 +74,13 @@ class RankAgent:
         more_stats: Callable[[], Mapping[str, float]] = dict,
         offers: Offers = Offers.REFUSED,
     ) -> None:
-        if host in _WILDCARDS and advertise_host is None:
-            raise ConfigError(f"host {host!r} is no address for others: name one to advertise")
+        advertise = host if advertise_host is None else advertise_host
+        if advertise in _WILDCARDS:
+            raise ConfigError(f"host {advertise!r} is no address for others: name one to advertise")
+        if not 0 <= peer_port < _PORTS:
+            raise ConfigError(f"peer_port {peer_port}: ports are 1 to {_PORTS - 1}, 0 for any")
+        if namespace != pool.namespace:
+            raise ConfigError(f"the pool holds pages of {pool.namespace}, not of {namespace}")
         self.peer_address = ""
         self.events_address = ""
         self._config = AgentConfig(
@@ -75,7 +89,7 @@ class RankAgent:
             generation=generation,
             rank=rank,
             host=host,
-            advertise=advertise_host or host,
+            advertise=advertise,
             peer_port=peer_port,
             local_path=Path(local_path),
             fetch=settings or FetchSettings.of(limits or Limits()),
@@ -88,7 +102,7 @@ class RankAgent:
         self._transport = transport
         self._wake = Wake()
         self._stop = threading.Event()
-        self._submissions: deque[Submission] = deque()
+        self._submissions = Submissions(self._wake.set)
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._main, name=f"memserve-{rank}", daemon=True)
 
@@ -107,7 +121,7 @@ class RankAgent:
             self._stop.set()
             raise PeerUnreachable(f"the agent did not start in {_START_S:g} s") from error
         except MemServeError:
-            self._thread.join(_CLOSE_S)
+            self.close()
             raise
 
     def close(self) -> None:
@@ -137,15 +151,21 @@ class RankAgent:
         """Start a fetch from any thread of this process; never waits.
 
         The future ends by the request's deadline; it raises LimitExceeded or ProtocolError for a
-        fetch that was refused. Raises LimitExceeded when too many have just been started."""
-        if len(self._submissions) >= _MAX_SUBMISSIONS:
-            raise LimitExceeded(f"{len(self._submissions)} fetches wait to be looked at")
+        fetch that was refused, PeerUnreachable when the agent does not run. Raises ProtocolError
+        for a request that is none, LimitExceeded when too many have just been started."""
         future: Future[FetchReply] = Future()
-        if not self.alive or self._stop.is_set():
-            future.set_exception(PeerUnreachable("the agent is not running"))
-            return future
-        self._submissions.append(Submission(request, future))
-        self._wake.set()
+        self._submissions.put(FetchSubmission(as_received(request), future))
+        return future
+
+    def resize(self, total_bytes: int, *, wait_s: float = 0.0) -> Future[ResizeReply]:
+        """Grow or shrink the pool, as ``MemPool.resize``, from any thread; never waits.
+
+        The future ends in about ``wait_s`` and what moving the pages takes; it raises ConfigError
+        for a size that can never be, LimitExceeded while another change is under way, and as that
+        of ``fetch``. Raises as ``fetch``."""
+        future: Future[ResizeReply] = Future()
+        request = as_received(ResizeRequest(total_bytes, wait_s))
+        self._submissions.put(ResizeSubmission(request, future))
         return future
 
     def transfer_with_insert(
@@ -153,7 +173,10 @@ class RankAgent:
     ) -> FetchReply:
         """Have another rank make our pages ``keys`` (a whole prefix) its own: the paper's verb.
 
-        ``receiver``: its ``peer_address``. Blocks; see ``offer.offer``."""
+        ``receiver``: its ``peer_address``. Blocks for at most ``deadline_s``; see ``offer.offer``.
+        """
+        if not self.alive:
+            raise PeerUnreachable("the agent is not running")
         return offer(
             receiver,
             peer_id=self._config.instance_id,
@@ -176,8 +199,12 @@ class RankAgent:
             return
         self.peer_address = loop.peer_address
         self.events_address = loop.events_address
+        self._submissions.open()
         self._started.set_result(None)
         try:
             loop.run(self._stop)
         finally:
-            loop.close()
+            try:
+                loop.close()
+            finally:
+                self._submissions.close()

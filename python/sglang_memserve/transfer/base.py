@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Protocol
 
 from ..protocol.events import Event, Snapshot
-from ..types import BlockId, PageKey, Progress, Region, ResizeResult
+from ..types import BlockId, Namespace, PageKey, Progress, Region, ResizeResult
 
 
 class Lease(Protocol):
@@ -82,8 +82,9 @@ class BlockStore(Protocol):
         evicting if need be. ``missing`` is shorter than wished when blocks run out."""
         ...
 
-    def subscribe(self, on_readable: Callable[[], None]) -> None:
-        """Call back, on any thread and outside all locks, after pages became readable."""
+    def subscribe(self, on_readable: Callable[[], None]) -> Callable[[], None]:
+        """Call back, on any thread and outside all locks, after pages became readable. Returns
+        what ends it. Raises LimitExceeded."""
         ...
 
 
@@ -112,6 +113,9 @@ class Resize(Protocol):
 
 class Pool(BlockStore, Protocol):
     """What a ``RankAgent`` needs of the rank's pool. Thread-safe; every method returns at once."""
+
+    @property
+    def namespace(self) -> Namespace: ...
 
     @property
     def total_blocks(self) -> int: ...

@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import zmq
 
@@ -21,7 +18,6 @@ from ..errors import MemServeError, ProtocolError
 from ..protocol import PROTOCOL_VERSION, events
 from ..protocol.control import (
     ErrorReply,
-    FetchReply,
     FetchRequest,
     Hello,
     HelloReply,
@@ -45,6 +41,7 @@ from .resizer import Resizer
 from .serve import LeaseServer, error_reply
 from .session import Sessions
 from .sockets import Dialer, MalformedFrames, Publisher, Route, Server, Wake
+from .submissions import FetchSubmission, ResizeSubmission, Submission, Submissions, settle
 from .verify import ThreadVerifier
 
 log = logging.getLogger(__name__)
@@ -78,13 +75,6 @@ class AgentConfig:
     offers: Offers = Offers.REFUSED
 
 
-class Submission(NamedTuple):
-    """A fetch that another thread of this process asked for."""
-
-    request: FetchRequest
-    future: Future[FetchReply]
-
-
 @dataclass(slots=True)
 class _Counts:
     malformed: int = 0
@@ -101,7 +91,7 @@ class AgentLoop:
         pool: Pool,
         transport: Transport,
         wake: Wake,
-        submissions: deque[Submission],
+        submissions: Submissions,
     ) -> None:
         self._config = config
         self._pool = pool
@@ -114,19 +104,28 @@ class AgentLoop:
         self._events_waiting = threading.Event()
         self._housekeeping_s = 0.0
         self._published_s = 0.0
+        self._due_s = 0.0
         self._poller = zmq.Poller()
         with ExitStack() as undo:
             self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
             undo.callback(self._context.destroy, 0)
             undo.callback(transport.close)
             self._bind(config)
+            undo.callback(config.local_path.unlink, missing_ok=True)
             for region in pool.regions():
                 transport.register(*region)
             self._make_parts(config)
+            self._attachment = undo.enter_context(self._attached(pool))
             undo.pop_all()
-        pool.own_resizing(f"the agent of rank {config.rank}")
-        pool.subscribe(partial(self._notice, self._pages_changed))
-        pool.set_event_wake(partial(self._notice, self._events_waiting))
+
+    def _attached(self, pool: Pool) -> ExitStack:
+        with ExitStack() as attachment:
+            attachment.callback(pool.subscribe(partial(self._notice, self._pages_changed)))
+            attachment.callback(pool.own_resizing, None)
+            pool.own_resizing(f"the agent of rank {self._config.rank}")
+            attachment.callback(pool.set_event_wake, None)
+            pool.set_event_wake(partial(self._notice, self._events_waiting))
+            return attachment.pop_all()
 
     def _bind(self, config: AgentConfig) -> None:
         self._peer_server = Server(self._context)
@@ -188,8 +187,7 @@ class AgentLoop:
 
     def close(self) -> None:
         now = time.monotonic()
-        self._pool.set_event_wake(None)
-        self._pool.own_resizing(None)
+        self._attachment.close()
         try:
             self.resizer.close()
             self.server.close()
@@ -199,14 +197,17 @@ class AgentLoop:
             self._transport.close()
             self.sessions.after_close()
             self.members.after_close()
-            self._fail_submissions()
             self._context.destroy(_LAST_WORDS_MS)
             self._config.local_path.unlink(missing_ok=True)
 
     # -- a turn --
 
     def _turn(self) -> None:
-        ready = dict(self._poller.poll(self._timeout_ms(time.monotonic())))
+        before = time.monotonic()
+        # What was due in an earlier turn stays due, until it was seen to.
+        wakes = (self.server.wake_s(), self.sessions.wake_s(before))
+        self._due_s = min(self._due_s, *wakes)
+        ready = dict(self._poller.poll(self._timeout_ms(before)))
         now = time.monotonic()
         if self._wake.fileno() in ready:
             self._wake.clear()
@@ -246,38 +247,44 @@ class AgentLoop:
             time.sleep(_READ_SLEEP_S)
 
     def _on_time(self, now: float) -> None:
-        if now >= min(self.server.wake_s(), self.sessions.wake_s(now)):
+        housekeeping = now >= self._housekeeping_s
+        if housekeeping or now >= self._due_s:
+            self._due_s = float("inf")
             self.server.on_time(now)
             self.sessions.on_time(now)
         self.resizer.on_time(now)
-        if now >= self._housekeeping_s:
+        if housekeeping:
             self._housekeeping_s = now + _HOUSEKEEPING_S
             self._pool.expire()
-            self.server.on_time(now)
-            self.sessions.on_time(now)
             self.members.on_time(now)
 
     def _timeout_ms(self, now: float) -> int:
         if self._reading or self._submissions:
             return 0
-        wakes = (self.server.wake_s(), self.sessions.wake_s(now), self.resizer.wake_s())
-        wake_s = min(*wakes, self._housekeeping_s)
+        wake_s = min(self._due_s, self.resizer.wake_s(), self._housekeeping_s)
         # Rounded up: waking a little early would mean a turn for nothing.
         return max(0, int((wake_s - now) * 1000) + 1)
 
     def _take_submissions(self, now: float) -> None:
-        while self._submissions:
-            request, future = self._submissions.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
+        if not self._submissions:
+            return
+        for submission in self._submissions.take():
             try:
-                self.sessions.submit(request, now, future.set_result)
+                self._submit(submission, now)
             except MemServeError as error:
-                future.set_exception(error)
+                submission.future.set_exception(error)
+            except Exception as error:
+                self._counts.internal_errors += 1
+                log.exception("agent of rank %d: %s", self._config.rank, type(submission.request))
+                if not submission.future.done():
+                    submission.future.set_exception(MemServeError(f"internal error: {error!r}"))
 
-    def _fail_submissions(self) -> None:
-        while self._submissions:
-            self._submissions.popleft().future.cancel()
+    def _submit(self, submission: Submission, now: float) -> None:
+        match submission:
+            case FetchSubmission(request, future):
+                self.sessions.submit(request, now, partial(settle, future))
+            case ResizeSubmission(request, future):
+                self.resizer.submit(request, now, partial(settle, future))
 
     # -- messages --
 

@@ -325,7 +325,10 @@ class Membership:
         remote = greeting.memory[0][0]
         try:
             handle = self._transport.read(
-                greeting.transport_name, [remote], [local], _FIRST_READ_BYTES
+                greeting.transport_name,
+                [remote],
+                [local],
+                min(_FIRST_READ_BYTES, self._pool.block_bytes),
             )
         except MemServeError:
             store.abort()

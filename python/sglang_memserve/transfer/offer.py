@@ -7,6 +7,7 @@ publish pages that nobody checked.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from enum import Enum
@@ -14,13 +15,15 @@ from enum import Enum
 import zmq
 
 from ..errors import PeerUnreachable, ProtocolError
-from ..protocol.control import ErrorReply, FetchReply, OfferRequest
+from ..protocol.control import ErrorReply, FetchReply, OfferRequest, as_received
 from ..types import PageKey
 from .client import error_of
 from .sockets import Dialer, MalformedFrames
 
-# What the answer may take beyond the deadline of the fetch itself.
-ANSWER_GRACE_S = 2.0
+# Of the time of an offer, what is kept for its answer: as much, but at most that share of it.
+_ANSWER_S = 0.5
+_ANSWER_SHARE = 0.25
+_POLL_S = 60.0
 _REQUEST_ID = 1
 
 
@@ -33,18 +36,24 @@ def offer(
     receiver: str, *, peer_id: str, peer_address: str, keys: Sequence[PageKey], deadline_s: float
 ) -> FetchReply:
     """Have the rank whose ``peer`` socket is ``receiver`` fetch ``keys`` (a whole prefix) from the
-    one at ``peer_address``. Blocks the calling thread for at most ``deadline_s`` and a grace.
+    one at ``peer_address``. Blocks the calling thread for at most ``deadline_s``; the fetch has all
+    of it but a quarter, half a second at most, that is left for its answer.
 
-    Raises PeerUnreachable without an answer, else what the receiver answered; a fetch that could
-    not be completed is a reply whose outcome says why.
+    Raises ProtocolError for keys or a deadline that make no sense, PeerUnreachable without an
+    answer, else what the receiver answered; a fetch that could not be completed is a reply whose
+    outcome says why.
     """
+    if not 0 <= deadline_s < math.inf:
+        raise ProtocolError(f"offer: deadline {deadline_s}")
+    fetch_s = deadline_s - min(_ANSWER_S, _ANSWER_SHARE * deadline_s)
+    request = as_received(OfferRequest(peer_id, peer_address, list(keys), fetch_s))
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    give_up_s = time.monotonic() + deadline_s + ANSWER_GRACE_S
+    give_up_s = time.monotonic() + deadline_s
     try:
         dialer = Dialer(context, receiver)
-        dialer.send(_REQUEST_ID, OfferRequest(peer_id, peer_address, list(keys), deadline_s))
+        dialer.send(_REQUEST_ID, request)
         while (left_s := give_up_s - time.monotonic()) > 0:
-            if not dialer.socket.poll(int(left_s * 1000) + 1):
+            if not dialer.socket.poll(int(min(left_s, _POLL_S) * 1000) + 1):
                 continue
             for answer in dialer.receive(1):
                 if isinstance(answer, MalformedFrames):

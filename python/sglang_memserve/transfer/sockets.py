@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,9 @@ MAX_MESSAGE_BYTES = 16 << 20
 _QUEUE_MESSAGES = 1000
 _REQUEST_ID_BYTES = 8
 _RECONNECT_MS = 5_000
+_PROBE_S = 1.0
+_PORTS = 65_536
+_TCP = re.compile(r"tcp://(?:\[(?P<v6>[^\s/\]]+)\]|(?P<v4>[^\s/:]+)):(?P<port>[0-9]{1,5})")
 # sockaddr_un holds 108 bytes, the last of which is NUL.
 _MAX_IPC_PATH_BYTES = 107
 
@@ -49,13 +54,13 @@ class Server:
     def bind_tcp(self, host: str, advertise: str | None, port: int = 0) -> str:
         """``port`` 0: any that is free. Returns the address that others connect to."""
         bound = _bind(self.socket, host, port)
-        return f"tcp://{_in_url(advertise or host)}:{bound}"
+        return f"tcp://{_in_url(numeric(advertise or host))}:{bound}"
 
     def bind_ipc(self, path: Path) -> None:
-        """Only this user may connect."""
+        """Only this user may connect. Raises ConfigError when something else lies at ``path``."""
         if len(os.fsencode(path)) > _MAX_IPC_PATH_BYTES:
             raise ConfigError(f"socket path longer than {_MAX_IPC_PATH_BYTES} bytes: {path}")
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_free(path)
         before = os.umask(0o177)
         try:
             self.socket.bind(f"ipc://{path}")
@@ -85,11 +90,14 @@ class Server:
 
 
 class Dialer:
-    """A DEALER socket to one peer; ``peers.Link``."""
+    """A DEALER socket to one peer; ``peers.Link``. Only to a numeric address: ZMQ looks names up in
+    the one thread that moves all messages, for as long as the name server is silent."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        version = _ip_version(address)
         self.socket = context.socket(zmq.DEALER)
         _bound(self.socket)
+        self.socket.setsockopt(zmq.IPV6, int(version == 6))
         self.dropped = 0
         # A peer that is gone is called ever more rarely until it is forgotten.
         self.socket.reconnect_ivl_max = _RECONNECT_MS
@@ -126,7 +134,7 @@ class Publisher:
         self._port = _bind(self.socket, host, 0)
 
     def address(self, host: str) -> str:
-        return f"tcp://{_in_url(host)}:{self._port}"
+        return f"tcp://{_in_url(numeric(host))}:{self._port}"
 
     def send(self, frames: list[bytes]) -> None:
         _send(self.socket, frames)
@@ -175,10 +183,8 @@ def _bound(sock: zmq.Socket[bytes]) -> None:
 def _bind(sock: zmq.Socket[bytes], host: str, port: int) -> int:
     try:
         # ZMQ binds addresses and interface names, not host names.
-        family, _, _, _, where = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0]
-        if family == socket.AF_INET6:
-            sock.setsockopt(zmq.IPV6, 1)
-        interface = f"tcp://{_in_url(str(where[0]))}"
+        interface = f"tcp://{_in_url(numeric(host))}"
+        sock.setsockopt(zmq.IPV6, int("[" in interface))
         if not port:
             return sock.bind_to_random_port(interface)
         sock.bind(f"{interface}:{port}")
@@ -186,6 +192,49 @@ def _bind(sock: zmq.Socket[bytes], host: str, port: int) -> int:
     except (OSError, zmq.ZMQError) as error:
         place = f"port {port} of {host!r}" if port else repr(host)
         raise ConfigError(f"cannot listen on {place}: {error}") from error
+
+
+def numeric(host: str) -> str:
+    """The address of ``host``. Raises ConfigError."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(f"no address is known for host {host!r}: {error}") from error
+
+
+def _ip_version(address: str) -> int:
+    """4 or 6. Raises ProtocolError for what is not tcp://ADDRESS:PORT with a numeric address."""
+    found = _TCP.fullmatch(address)
+    text = f"peer address {address!r} is not tcp://ADDRESS:PORT with a numeric address"
+    if found is None or not 0 < int(found["port"]) < _PORTS:
+        raise ProtocolError(text)
+    try:
+        return ipaddress.ip_address(found["v4"] or found["v6"]).version
+    except ValueError as error:
+        raise ProtocolError(text) from error
+
+
+def _require_free(path: Path) -> None:
+    """ZMQ takes away whatever lies where it binds. The folder is made, those above it are not."""
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"there is no folder for the local socket {path}: {error}") from error
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"{path} is there and no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(_PROBE_S)
+        try:
+            probe.connect(os.fspath(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            return  # of a process that is gone
+        except OSError as error:
+            raise ConfigError(f"{path} is somebody's socket: {error}") from error
+    raise ConfigError(f"another process listens on {path}")
 
 
 def _in_url(host: str) -> str:
