@@ -24,6 +24,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .checksums import checksum_of
 from .config import DEFAULT_EVICTION
 from .errors import ConfigError, LimitExceeded, OutOfBlocks
@@ -110,6 +113,7 @@ class MemPool:
         )
         self._resize: Resize | None = None
         self._resizer: str | None = None
+        self._held: NDArray[np.uint8] | None = None
         self._pinner: Pinner | None = None
         self._backing: Backing | None = None
         if prefault is Prefault.BACKGROUND:
@@ -404,8 +408,10 @@ class MemPool:
             return self._resize
 
     def own_resizing(self, owner: str | None) -> None:
-        """``owner`` registers this memory, so only it may change its size (None: nobody does)."""
+        """``owner`` registers this memory, so only it may change its size (None: nobody does). It
+        stays mapped until then, also when the pool is closed first."""
         self._resizer = owner
+        self._held = None if owner is None or self.arena.closed else self.arena.reserved
 
     def _attach(self, base: int, length: int) -> None:
         if self._pinner is not None:

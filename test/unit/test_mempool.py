@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -161,6 +162,24 @@ def test_commit_of_more_than_there_is(pool: MemPool) -> None:
 def test_a_namespace_that_is_none() -> None:
     with pytest.raises(ConfigError, match="Namespace, not 'ns'"):
         MemPool(cast(Namespace, "ns"), arena_bytes=1 << 20, generation="g")
+
+
+def is_mapped(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start <= address < end:
+            return True
+    return False
+
+
+def test_memory_that_an_agent_registered_outlives_the_pool() -> None:
+    pool = make()
+    base = pool.arena_base
+    pool.own_resizing("the agent")
+    pool.close()
+    assert is_mapped(base)
+    pool.own_resizing(None)
+    assert not is_mapped(base)
 
 
 def test_sizes_that_are_no_whole_numbers(pool: MemPool) -> None:

@@ -130,7 +130,8 @@ class Pool(BlockStore, Protocol):
         ...
 
     def own_resizing(self, owner: str | None) -> None:
-        """``owner`` registers the memory: from now on the size changes through it only."""
+        """``owner`` registers the memory: from now on the size changes through it only. None:
+        nobody reads or writes there any more."""
         ...
 
     def expire(self) -> int:

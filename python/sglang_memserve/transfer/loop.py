@@ -187,7 +187,6 @@ class AgentLoop:
 
     def close(self) -> None:
         now = time.monotonic()
-        self._attachment.close()
         try:
             self.resizer.close()
             self.server.close()
@@ -195,6 +194,8 @@ class AgentLoop:
             self.sessions.close(now)
         finally:
             self._transport.close()
+            # Only now: the pool may be closed already, and keeps its memory mapped until this.
+            self._attachment.close()
             self.sessions.after_close()
             self.members.after_close()
             self._context.destroy(_LAST_WORDS_MS)
