@@ -32,7 +32,7 @@ from .config import DEFAULT_EVICTION
 from .errors import ConfigError, LimitExceeded, OutOfBlocks
 from .index.journal import Record, rebuild, to_events
 from .memory.arena import SLAB_BYTES, Arena, Pinner
-from .memory.backing import WORTH_BYTES, Backing
+from .memory.attached import Attached
 from .memory.layout import BlockLayout
 from .memory.lease import PoolLease, PoolStore
 from .pool.arguments import (
@@ -53,7 +53,6 @@ from .types import (
     Namespace,
     PageKey,
     Prefault,
-    Progress,
     Region,
     ResizeResult,
     Tier,
@@ -62,7 +61,6 @@ from .types import (
 __all__ = ["MAX_RESIZE_WAIT_S", "MemPool", "PoolLease", "PoolStore", "Resize"]
 
 MAX_SUBSCRIBERS = 64
-_RESIZE_POLL_S = 0.005
 
 
 class MemPool:
@@ -114,12 +112,7 @@ class MemPool:
         self._resize: Resize | None = None
         self._resizer: str | None = None
         self._held: NDArray[np.uint8] | None = None
-        self._pinner: Pinner | None = None
-        self._backing: Backing | None = None
-        if prefault is Prefault.BACKGROUND:
-            self._backing = Backing(self.arena.reserved)
-        for region in self.regions():
-            self._attach(*region)
+        self._attached = Attached(self.arena, prefault)
         self._subscribers: list[Callable[[], None]] = []
 
     # -- geometry --
@@ -351,10 +344,8 @@ class MemPool:
 
         Before the size can change, and once. Takes as long as touching the memory in use."""
         with self._lock:
-            assert self._pinner is None and self._resize is None
-            self._pinner = pinner
-        for region in self.regions():
-            pinner.pin(*region)
+            assert self._resize is None, "the size is changing"
+        self._attached.pin_with(pinner)
 
     def resize(self, total_bytes: int, *, wait_s: float = 0.0) -> ResizeResult:
         """Grow or shrink to ``total_bytes`` (rounded down to whole blocks, then up to a slab's end
@@ -366,21 +357,8 @@ class MemPool:
         """
         if self._resizer is not None:
             raise ConfigError(f"{self._resizer} changes this pool's size: RankAgent.resize")
-        # Not the pool's clock: that one times leases, and may be a test's.
-        until_s = time.monotonic() + require_wait(wait_s)
-        change = self.prepare_resize(total_bytes)
-        try:
-            if wait_s == 0 and (obstacle := change.obstacle()):
-                return change.abort(obstacle)
-            while (progress := change.vacate()) is not Progress.DONE:
-                if time.monotonic() >= until_s and progress is Progress.BLOCKED:
-                    return change.abort(change.obstacle())
-                if progress is Progress.BLOCKED:
-                    time.sleep(_RESIZE_POLL_S)
-            return change.complete()
-        except BaseException:
-            change.abort()
-            raise
+        require_wait(wait_s)
+        return self.prepare_resize(total_bytes).run(wait_s)
 
     def prepare_resize(self, total_bytes: int) -> Resize:
         """For who registers memory: the first step of a resize, which its owner walks through.
@@ -402,8 +380,7 @@ class MemPool:
                 target_blocks,
                 on_evicted=self._on_evicted,
                 on_end=self._on_resized,
-                attach=self._attach,
-                detach=self._detach,
+                attached=self._attached,
             )
             return self._resize
 
@@ -412,18 +389,6 @@ class MemPool:
         stays mapped until then, also when the pool is closed first."""
         self._resizer = owner
         self._held = None if owner is None or self.arena.closed else self.arena.reserved
-
-    def _attach(self, base: int, length: int) -> None:
-        if self._pinner is not None:
-            self._pinner.pin(base, length)
-        if self._backing is not None and self.arena.nbytes >= WORTH_BYTES:
-            self._backing.add(base, length)
-
-    def _detach(self, base: int, length: int) -> None:
-        if self._backing is not None:
-            self._backing.remove(base, length)
-        if self._pinner is not None:
-            self._pinner.unpin(base, length)
 
     def _on_evicted(self) -> None:
         self._notify(wrote=True, published=False)
@@ -465,8 +430,7 @@ class MemPool:
             if self._ledger.closed:
                 return
             self._ledger.close()
-        if self._backing is not None:
-            self._backing.close()
+        self._attached.close()
         self.arena.close()
 
     def check(self) -> None:

@@ -7,8 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from sglang_memserve import mempool
-from sglang_memserve.memory import backing
+from sglang_memserve.memory import attached, backing
 from sglang_memserve.memory.backing import Backing
 from sglang_memserve.mempool import MemPool
 from sglang_memserve.types import Namespace, Prefault
@@ -150,7 +149,7 @@ def wait_until_backed(pool: MemPool) -> None:
 
 
 def test_a_pool_backs_its_memory_and_what_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mempool, "WORTH_BYTES", BLOCK)
+    monkeypatch.setattr(attached, "WORTH_BYTES", BLOCK)
     pool = make(Prefault.BACKGROUND)
     wait_until_backed(pool)
     for blocks in (32, 8, 24):
@@ -162,7 +161,7 @@ def test_a_pool_backs_its_memory_and_what_is_added(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_pool_that_is_closed_amid_it_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mempool, "WORTH_BYTES", BLOCK)
+    monkeypatch.setattr(attached, "WORTH_BYTES", BLOCK)
     asked = threading.Event()
 
     def populate(start: int, length: int) -> bool:
@@ -185,7 +184,7 @@ def test_small_pools_and_those_told_so_have_no_thread(
     prefault: Prefault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if prefault is Prefault.NONE:
-        monkeypatch.setattr(mempool, "WORTH_BYTES", BLOCK)
+        monkeypatch.setattr(attached, "WORTH_BYTES", BLOCK)
     pool = make(prefault)
     assert not [thread for thread in threading.enumerate() if thread.name == "memserve-backing"]
     assert not is_backed(pool)

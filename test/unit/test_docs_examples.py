@@ -55,7 +55,8 @@ def test_two_processes(tmp_path: Path) -> None:
         try:
             assert holder.stdout is not None
             address = holder.stdout.readline().strip()
-            assert run(file, address).splitlines()[-1] == "complete 4 4"
+            lines = run(file, address).splitlines()
+            assert lines == ["complete 4 4", "resized 33554432"]
             holder.communicate("\n", timeout=LIMIT_S)
         finally:
             holder.kill()

@@ -10,14 +10,17 @@ given back before that is undone. So a resize is a value that its owner walks th
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from ..memory.arena import Arena, Slab
+from ..memory.attached import Attached
 from ..types import BlockId, Progress, Region, ResizeOutcome, ResizeResult
 from .ledger import Ledger
 from .shrink import Blockers, Shrink
 
 MOVE_BYTES = 16 << 20
+_POLL_S = 0.005
 
 
 class Resize:
@@ -36,18 +39,15 @@ class Resize:
         *,
         on_evicted: Callable[[], None],
         on_end: Callable[[], None],
-        attach: Callable[[int, int], None],
-        detach: Callable[[int, int], None],
+        attached: Attached,
     ) -> None:
-        """The lock is held. ``attach`` and ``detach`` are called without it, for each range
-        (address, bytes) that comes or goes. Raises what ``Arena.grow`` raises."""
+        """The lock is held. Raises what ``Arena.grow`` raises."""
         self._lock = lock
         self._ledger = ledger
         self._arena = arena
         self._on_evicted = on_evicted
         self._on_end = on_end
-        self._attach = attach
-        self._detach = detach
+        self._attached = attached
         self._ended = False
         self._before = ledger.total_blocks
         self._shrink: Shrink | None = None
@@ -66,6 +66,23 @@ class Resize:
     def moving_blocks(self) -> list[BlockId]:
         """Blocks that are pinned because they are being copied."""
         return [] if self._shrink is None else [move.source for move in self._shrink.moves]
+
+    def run(self, wait_s: float) -> ResizeResult:
+        """All of it on this thread, where nobody registers memory."""
+        # Not the pool's clock: that one times leases, and may be a test's.
+        until_s = time.monotonic() + wait_s
+        try:
+            if wait_s == 0 and (obstacle := self.obstacle()):
+                return self.abort(obstacle)
+            while (progress := self.vacate()) is not Progress.DONE:
+                if time.monotonic() >= until_s and progress is Progress.BLOCKED:
+                    return self.abort(self.obstacle())
+                if progress is Progress.BLOCKED:
+                    time.sleep(_POLL_S)
+            return self.complete()
+        except BaseException:
+            self.abort()
+            raise
 
     def vacate(self) -> Progress:
         """A bounded piece of the work: DONE when nothing is in the way of ``complete``, BLOCKED
@@ -106,9 +123,9 @@ class Resize:
         """The pool has its new size. After ``vacate`` said DONE."""
         # Nobody copies there: not yet, or not any more.
         for region in self.adds:
-            self._attach(*region)
+            self._attached.attach(*region)
         for region in self.removes:
-            self._detach(*region)
+            self._attached.detach(*region)
         gone = (0, 0)
         with self._lock:
             assert not self._ended, "the resize has ended"
