@@ -43,7 +43,7 @@ from .pool.arguments import (
     require_wait,
 )
 from .pool.ledger import Ledger
-from .pool.resize import Resize
+from .pool.resize import Resize, on_a_thread
 from .protocol.events import Event, Snapshot
 from .types import (
     BlockId,
@@ -349,7 +349,7 @@ class MemPool:
 
     def resize(self, total_bytes: int, *, wait_s: float = 0.0) -> ResizeResult:
         """Grow or shrink to ``total_bytes`` (rounded down to whole blocks, then up to a slab's end
-        when shrinking), for a pool that stands alone. Copies what it moves on this thread.
+        when shrinking), for a pool that stands alone. What ends the waiting (Ctrl-C) calls it off.
 
         Shrinking moves pages down and evicts the least recently used when they do not fit. Leased
         blocks and blocks being filled are waited for up to ``wait_s`` seconds; with 0 they refuse
@@ -358,7 +358,7 @@ class MemPool:
         if self._resizer is not None:
             raise ConfigError(f"{self._resizer} changes this pool's size: RankAgent.resize")
         require_wait(wait_s)
-        return self.prepare_resize(total_bytes).run(wait_s)
+        return on_a_thread(lambda stop: self.prepare_resize(total_bytes).run(wait_s, stop))
 
     def prepare_resize(self, total_bytes: int) -> Resize:
         """For who registers memory: the first step of a resize, which its owner walks through.

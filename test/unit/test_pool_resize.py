@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -369,3 +371,48 @@ def test_an_interrupted_copy_leaves_a_pool_that_works(
     assert pool.resize(2 * SLAB * BLOCK).outcome is ResizeOutcome.RESIZED
     for key in keys[8:]:
         assert pool.arena.view[pool.match([key])[0]].tobytes() == content(key).tobytes()
+
+
+class Pressed(Exception):
+    """What the handler of a signal raises, in the main thread."""
+
+
+class Signalling(Interrupted):
+    """The signal comes while the first block is copied, and is seen to before the next."""
+
+    def __setitem__(self, block: int, page: NDArray[np.uint8]) -> None:
+        self._memory[block] = page
+        if not self._copied:
+            self._copied = 1
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert handled.wait(10.0)
+
+
+handled = threading.Event()
+
+
+def test_a_signal_while_it_waits_calls_it_off(
+    pool: MemPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press(*_: object) -> None:
+        handled.set()
+        raise Pressed
+
+    handled.clear()
+    keys = chain("a", 16)
+    put(pool, keys)
+    pool.delete(keys[:4])
+    lease = pool.acquire([keys[15]], owner="o", ttl_s=60.0)
+    before = signal.signal(signal.SIGUSR1, press)
+    try:
+        with monkeypatch.context() as patch:
+            reserved = Signalling(pool.arena.reserved)
+            patch.setattr(arena_module.Arena, "reserved", property(lambda arena: reserved))
+            with pytest.raises(Pressed):
+                pool.resize(SLAB * BLOCK, wait_s=60.0)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    pool.check()
+    assert pool.stats()["withdrawn_blocks"] == 0
+    lease.release()
+    assert pool.resize(SLAB * BLOCK).outcome is ResizeOutcome.RESIZED

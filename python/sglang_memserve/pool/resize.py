@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 
 from ..memory.arena import Arena, Slab
 from ..memory.attached import Attached
@@ -21,6 +22,7 @@ from .shrink import Blockers, Shrink
 
 MOVE_BYTES = 16 << 20
 _POLL_S = 0.005
+_CALL_OFF_S = 10.0
 
 
 class Resize:
@@ -67,8 +69,8 @@ class Resize:
         """Blocks that are pinned because they are being copied."""
         return [] if self._shrink is None else [move.source for move in self._shrink.moves]
 
-    def run(self, wait_s: float) -> ResizeResult:
-        """All of it on this thread, where nobody registers memory."""
+    def run(self, wait_s: float, stop: threading.Event) -> ResizeResult:
+        """All of it on this thread, where nobody registers memory; ``stop`` calls it off."""
         # Not the pool's clock: that one times leases, and may be a test's.
         until_s = time.monotonic() + wait_s
         try:
@@ -77,8 +79,10 @@ class Resize:
             while (progress := self.vacate()) is not Progress.DONE:
                 if time.monotonic() >= until_s and progress is Progress.BLOCKED:
                     return self.abort(self.obstacle())
+                if stop.is_set():
+                    return self.abort("it was called off")
                 if progress is Progress.BLOCKED:
-                    time.sleep(_POLL_S)
+                    stop.wait(_POLL_S)
             return self.complete()
         except BaseException:
             self.abort()
@@ -172,3 +176,24 @@ class Resize:
             0 if shrink is None else shrink.evicted_pages,
             reason,
         )
+
+
+def on_a_thread(work: Callable[[threading.Event], ResizeResult]) -> ResizeResult:
+    """What ``work`` returns or raises. A signal's handler raises in the main thread (Ctrl-C): that
+    ends the waiting and calls ``work`` off, but does not break it off between any two lines."""
+    stop = threading.Event()
+    ended: Future[ResizeResult] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(work(stop))
+        except BaseException as error:  # noqa: BLE001 - raised again where it is waited for
+            ended.set_exception(error)
+
+    try:
+        threading.Thread(target=run, name="memserve-resize", daemon=True).start()
+        return ended.result()
+    except BaseException:
+        stop.set()
+        wait([ended], _CALL_OFF_S)
+        raise
