@@ -7,7 +7,7 @@ MODEL := .cache/models/SmolLM2-135M-Instruct
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check layers lint format bench lock clean sanitize fuzz
+.PHONY: help setup demo test check layers lint format bench lock clean sanitize fuzz chaos
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ sanitize: setup  ## contract tests of the native code under AddressSanitizer and
 fuzz: setup  ## the random tests again and again with new cases, until one fails (ROUNDS=10)
 	@for round in $$(seq $(or $(ROUNDS),10)); do \
 		echo "round $$round"; env -u CI $(PY) -m pytest -q test/property $(ARGS) || exit 1; done
+
+chaos: setup  ## the router under random kills and cuts (SEEDS=4)
+	@MEMSERVE_CHAOS=$(or $(SEEDS),4) $(PY) -m pytest -q test/simulation/test_router_chaos.py $(ARGS)
 
 lint: setup  ## ruff with its safe fixes
 	@$(PY) -m ruff check --fix .
