@@ -38,7 +38,7 @@ def sdk(url: str) -> openai.OpenAI:
     )
 
 
-def claude(url: str) -> anthropic.Anthropic:
+def anthropic_client(url: str) -> anthropic.Anthropic:
     return anthropic.Anthropic(base_url=url, api_key="none", timeout=REQUEST_LIMIT_S, max_retries=0)
 
 
@@ -219,7 +219,7 @@ def test_embeddings_of_a_model_that_has_none_are_a_clear_error(
 
 def test_messages(cluster: RunningCluster, stock: Server) -> None:
     def whole(url: str) -> Any:
-        answer = claude(url).messages.create(
+        answer = anthropic_client(url).messages.create(
             model="default",
             max_tokens=10,
             extra_body={"temperature": 0},
@@ -229,7 +229,7 @@ def test_messages(cluster: RunningCluster, stock: Server) -> None:
         return [block.text for block in answer.content if block.type == "text"], answer.usage
 
     def streamed(url: str) -> str:
-        with claude(url).messages.stream(
+        with anthropic_client(url).messages.stream(
             model="default",
             max_tokens=10,
             extra_body={"temperature": 0},
@@ -243,7 +243,7 @@ def test_messages(cluster: RunningCluster, stock: Server) -> None:
     assert ours[1].output_tokens == theirs[1].output_tokens
     assert streamed(cluster.url) == "".join(ours[0])
     counts = [
-        claude(url)
+        anthropic_client(url)
         .messages.count_tokens(model="default", messages=[{"role": "user", "content": TEXT}])
         .input_tokens
         for url in (cluster.url, stock.url)
