@@ -244,4 +244,5 @@ def test_shards_of_other_ranks_are_refused(pair: RunningCluster) -> None:
     body["source_ranks"] = addresses[::-1]
     crossed = requests.post(f"{decode.url}/memserve/fetch", json=body, timeout=REQUEST_LIMIT_S)
     assert crossed.json()["outcome"] == "namespace_mismatch", crossed.text
-    assert "tp_rank: ours " in crossed.text, crossed.text
+    wrong = [f"tp_rank: {prefill.url} has {1 - rank}, {decode.url} has {rank}" for rank in (0, 1)]
+    assert any(sentence in crossed.text for sentence in wrong), crossed.text

@@ -76,8 +76,16 @@ class Routers:
                     pass
                 await asyncio.sleep(POLL_S)
 
-    async def served(self) -> dict[str, float]:
-        """Answers of ``/generate`` by process, as the metrics have it."""
+    async def served(self, count: int) -> dict[str, float]:
+        """Answers of ``/generate`` by process, as the metrics have it, once they are ``count``: a
+        request is counted just after its answer has gone out."""
+        served: dict[str, float] = {}
+        async with asyncio.timeout(START_S):
+            while sum(served.values()) != count:
+                served = await self._served()
+        return served
+
+    async def _served(self) -> dict[str, float]:
         _, text = await self.ask("GET", "/metrics")
         lines = re.findall(r"^memserve_requests_total\{(.*)\} (\S+)$", text, re.MULTILINE)
         labels = [(dict(re.findall(r'(\w+)="([^"]*)"', found)), value) for found, value in lines]
@@ -146,8 +154,7 @@ def test_all_processes_know_who_is_there_and_count_as_one() -> None:
             }
             answers = [await routers.ask("POST", "/generate", BODY) for _ in range(ENOUGH)]
             assert {status for status, _ in answers} == {200}
-            served = await routers.served()
-            assert len(served) == 2 and sum(served.values()) == ENOUGH
+            assert len(await routers.served(ENOUGH)) == 2
             assert (await routers.ask("POST", "/workers", {"url": two.url}))[0] == 202
             await routers.everybody_knows(one.url, two.url)
             assert (await routers.ask("DELETE", f"/workers/{quote(one.url, '')}"))[0] == 200
@@ -177,7 +184,7 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_learns(number: signal.Sign
             await routers.everybody_knows(machine.url)
             answers = [await routers.ask("POST", "/generate", BODY) for _ in range(ENOUGH)]
             assert {status for status, _ in answers} == {200}
-            assert len(await routers.served()) == 2
+            assert len(await routers.served(ENOUGH)) == 2
         await machine.stop()
 
     go(scenario())
