@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from sglang_memserve.errors import MemServeError
 
 from .config import parse_args
-from .place import read_place
+from .processes.place import read_place
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             logger.warning("%s", config.warning)
         # One that only watches others need not load what serves.
         if config.processes > 1 and place is None:
-            from .processes import supervise
+            from .processes.supervisor import supervise
 
             return supervise(config, words)
-        from .serving import run
+        from .processes.serving import run
 
         run(config, place)
     except MemServeError as error:

@@ -35,44 +35,44 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as Mount
 
-from . import replies
-from .admission import Admission
-from .aliases import Aliases
-from .asgi import ClientGone, SlowBody
-from .bookings import Bookings
 from .config import RouterConfig
-from .control import Control
-from .cost import CostModel
-from .dispatch import Dispatcher
-from .drain import Leaving
-from .explain import Explain
-from .feed import Feed
-from .forward import Forwarding
-from .instances import Instances
-from .introductions import Introductions
-from .limits import Limits, StepDeadlines
-from .live import LiveRequests
-from .members import Members
-from .merged_tree import merged_tree
-from .metrics import Metrics, TreeCollector
-from .openapi import describe
-from .passthrough import Passthrough
+from .control.aliases import Aliases
+from .control.drain import Leaving
+from .control.explain import Explain
+from .control.fleet import Control
+from .control.openapi import describe
+from .control.registration import Members
+from .control.workers import Workers
+from .cost.bookings import Bookings
+from .cost.learned import CostModel
+from .http import replies
+from .http.limits import Limits, StepDeadlines
+from .http.proxy import Deadlines, Upstream
+from .http.replies import App
+from .http.security import Guard, with_cors
+from .http.shortcut import Shortcut
+from .members.instances import Instances
+from .members.introductions import Introductions
+from .members.polling import Poller
+from .metrics.registry import Metrics, TreeCollector
 from .policy.base import Rotation
 from .policy.registry import make_policy
-from .polling import Poller
-from .prepare import Preparation
-from .prompts import Route
-from .proxy import Deadlines, Upstream
-from .replies import App
-from .resume import Resumption
-from .security import Guard, with_cors
-from .shortcut import Shortcut
-from .source_metrics import SourceCollector
-from .steps import Steps
-from .tokenize import Tokenization
-from .trust import TrustedTree
+from .prompt.bodies import Route
+from .prompt.tokenize import Tokenization
+from .request.admission import Admission
+from .request.client import ClientGone, SlowBody
+from .request.dispatch import Dispatcher
+from .request.forward import Forwarding
+from .request.live import LiveRequests
+from .request.passthrough import Passthrough
+from .request.prepare import Preparation
+from .request.resume import Resumption
+from .request.steps import Steps
+from .tree.feed import Feed
+from .tree.merged import merged_tree
+from .tree.metrics import SourceCollector
+from .tree.trust import TrustedTree
 from .watching import Watching
-from .workers import Workers
 
 logger = logging.getLogger(__name__)
 

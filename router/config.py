@@ -17,9 +17,9 @@ from sglang_memserve.errors import ConfigError
 from sglang_memserve.types import InstanceId, Role
 
 from .flags import policy_name, translate
-from .limits import Limits
+from .http.limits import Limits
+from .http.security import Keys, Tls
 from .policy.registry import POLICIES
-from .security import Keys, Tls
 
 MAX_PROCESSES = 64
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")

@@ -11,18 +11,18 @@ from sglang_memserve.protocol.http import InstanceInfo
 from sglang_memserve.types import Generation, InstanceId
 
 from .config import RouterConfig
+from .control.registration import SourceStates
 from .dashboard.routes import Dashboard
 from .dashboard.survey import Surveyor
 from .dashboard.view import Sources
-from .engine_metrics import EngineMetrics
-from .gauges import MemberCollector
-from .instances import Instances
-from .journal import Excerpts, Journal
-from .members import SourceStates
-from .merged_tree import MergedTree
-from .metrics import Metrics
-from .pools import Pools
-from .proxy import Upstream
+from .http.proxy import Upstream
+from .members.instances import Instances
+from .members.pools import Pools
+from .metrics.engine import EngineMetrics
+from .metrics.gauges import MemberCollector
+from .metrics.registry import Metrics
+from .request.journal import Excerpts, Journal
+from .tree.merged import MergedTree
 
 Path = tuple[str, Any, list[str]]
 """A path, its handler, its methods."""

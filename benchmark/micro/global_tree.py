@@ -27,8 +27,8 @@ from typing import Any
 import psutil
 from sglang_memserve.kernels import native
 from sglang_memserve.protocol.events import BlockRemoved, BlockStored
-from sglang_memserve.router.global_tree import GlobalTree
-from sglang_memserve.router.merged_tree import MergedTree, merged_tree
+from sglang_memserve.router.tree.merged import MergedTree, merged_tree
+from sglang_memserve.router.tree.reference import GlobalTree
 from sglang_memserve.types import InstanceId, ShortKey, Tier
 
 from benchmark.harness import report

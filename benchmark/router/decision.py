@@ -42,14 +42,14 @@ from sglang_memserve.hashing import page_keys, short_keys
 from sglang_memserve.protocol.events import BlockStored
 from sglang_memserve.protocol.handshake import layout_hash
 from sglang_memserve.protocol.http import InstanceInfo, RankInfo
-from sglang_memserve.router.backlog import Ending
-from sglang_memserve.router.bookings import Booking, Bookings, Order
-from sglang_memserve.router.cost import CostModel
-from sglang_memserve.router.instances import Instances
-from sglang_memserve.router.merged_tree import MergedTree, merged_tree
-from sglang_memserve.router.placement import key_prompts, look_up, prompt_of
+from sglang_memserve.router.cost.backlog import Ending
+from sglang_memserve.router.cost.bookings import Booking, Bookings, Order
+from sglang_memserve.router.cost.learned import CostModel
+from sglang_memserve.router.members.instances import Instances
 from sglang_memserve.router.policy.base import Rotation
 from sglang_memserve.router.policy.registry import make_policy
+from sglang_memserve.router.request.placement import key_prompts, look_up, prompt_of
+from sglang_memserve.router.tree.merged import MergedTree, merged_tree
 from sglang_memserve.types import InstanceId, Namespace, ShortKey, Tier
 
 from benchmark.harness import report

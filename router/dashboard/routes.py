@@ -17,9 +17,9 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from .. import replies
-from ..replies import as_response
-from ..security import ADMIN
+from ..http import replies
+from ..http.replies import as_response
+from ..http.security import ADMIN
 from .survey import Surveyor
 from .view import Sources, Text, state_view, tree_view
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from sglang_memserve.types import InstanceId, ShortKey
 
-from ..global_tree import BITS
-from ..journal import Heat, Journal
-from ..merged_tree import MergedTree
+from ..request.journal import Heat, Journal
+from ..tree.merged import MergedTree
+from ..tree.reference import BITS
 from .outline import Drawn, Span, outline
 
 SLICE_S = 0.002

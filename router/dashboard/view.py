@@ -9,12 +9,12 @@ from enum import Enum
 from prometheus_client import Counter
 from sglang_memserve.types import InstanceId
 
-from ..instances import Instances
-from ..journal import Journal, Seen
-from ..member import MemberStatus
-from ..members import SourceStates
-from ..metrics import Metrics
-from ..pools import PoolState
+from ..control.registration import SourceStates
+from ..members.instances import Instances
+from ..members.member import MemberStatus
+from ..members.pools import PoolState
+from ..metrics.registry import Metrics
+from ..request.journal import Journal, Seen
 from .survey import Survey
 
 MOST_LIVING = 60

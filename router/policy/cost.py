@@ -7,8 +7,8 @@
     via(P, D) = max(ready(P) + hop + move(P -> D), queue(D)) + compute(D, last page)
                 + load(D) + room(D) + delay(P, ...) + delay(D, last page)
 
-``queue``, ``move`` and ``compute`` are predictions of ``router.cost``, ``move`` beside what else is
-on the move; pages are fetched first only where that is predicted to be clearly cheaper than
+``queue``, ``move`` and ``compute`` are predictions of ``cost.learned``, ``move`` beside what else
+is on the move; pages are fetched first only where that is predicted to be clearly cheaper than
 computing them. Pages that are still being computed somewhere count from when they are there, so
 requests with one new prefix gather where it is being computed until the queue there costs more than
 computing it again. ``delay`` is what a prefill costs the streams it interrupts: its seconds, for
@@ -34,7 +34,7 @@ from typing import NamedTuple, TypeVar
 
 from sglang_memserve.types import InstanceId, Role
 
-from ..cost import CostModel
+from ..cost.learned import CostModel
 from ..values import InstanceView, Plan, Prompt
 from .base import (
     Rotation,

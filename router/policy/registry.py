@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from sglang_memserve.errors import ConfigError
 
-from ..cost import CostModel
+from ..cost.learned import CostModel
 from .base import Policy, Rotation
 from .cost import Cost
 from .least_load import LeastLoad

@@ -30,7 +30,7 @@ def modules() -> list[str]:
 
 def test_the_router_imports_nothing_heavy() -> None:
     names = modules()
-    assert "sglang_memserve.router.global_tree" in names
+    assert "sglang_memserve.router.tree.reference" in names
     done = subprocess.run(
         [sys.executable, "-c", PROBE, *names],
         capture_output=True,

@@ -39,6 +39,33 @@ ALLOWED: dict[str, frozenset[str]] = {
 ENTRIES = SAYING | {"mempool", "plugin", "cluster", "demo", "demo_model", "tiny_model"}
 ENTRIES |= {"launch_server", "startup"}
 
+# Inside the router: its folders and modules from the lowest up, and what each may import besides
+# itself. A cycle between folders fails here too.
+_PURE = {"values", "tree", "cost", "policy"}
+_TALK = {"http", "prompt"}
+ROUTER: dict[str, set[str]] = {
+    "": set(),
+    "values": set(),
+    "tree": {"values"},
+    "cost": {"values"},
+    "policy": {"values", "cost"},
+    "http": set(),
+    "prompt": set(),
+    "members": {"values", "cost", "http"},
+    "metrics": {"tree", "http", "members"},
+    "request": _PURE | _TALK | {"members", "metrics"},
+    "control": _PURE | _TALK | {"members", "metrics", "request"},
+    "dashboard": _PURE | {"http", "members", "metrics", "request", "control"},
+    "flags": set(),
+    "config": {"flags", "policy", "http"},
+    "watching": _PURE
+    | _TALK
+    | {"members", "metrics", "request", "control", "dashboard", "flags", "config"},
+}
+ROUTER["app"] = set(ROUTER) - {""}
+ROUTER["processes"] = set(ROUTER) - {""}
+ROUTER["__main__"] = set(ROUTER) - {""}
+
 # The only parts that may import a heavy library, at any depth of their code.
 HEAVY: dict[str, frozenset[str]] = {
     "sglang": frozenset({"plugin", "launch_server", "demo"}),
@@ -119,6 +146,26 @@ def test_imports_point_down(part: str) -> None:
         and f"{PACKAGE}.{part_of(found.target)}" in MODULES
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_folders_of_the_router_point_down() -> None:
+    router = f"{PACKAGE}.router"
+    wrong = []
+    for module, file in sources():
+        if module != router and not module.startswith(f"{router}."):
+            continue
+        folder = _folder(module, router)
+        for found in imports(module, file):
+            if found.target.startswith(f"{router}."):
+                target = _folder(found.target, router)
+                if target != folder and target not in ROUTER[folder]:
+                    wrong.append(f"{found.file}:{found.line}: {folder} imports {target}")
+    assert not wrong, "\n".join(wrong)
+    assert set(ROUTER) == {_folder(m, router) for m in MODULES if m.startswith(router)}
+
+
+def _folder(module: str, package: str) -> str:
+    return module.removeprefix(package).lstrip(".").split(".")[0]
 
 
 @pytest.mark.parametrize("library", sorted(HEAVY))

@@ -8,9 +8,9 @@ import pytest
 from contract.trees import TREES, MakeTree
 from sglang_memserve.errors import LimitExceeded, ProtocolError
 from sglang_memserve.protocol.events import AllBlocksCleared, BlockRemoved, BlockStored
-from sglang_memserve.router import merged_tree
-from sglang_memserve.router.global_tree import GlobalTree
-from sglang_memserve.router.native_tree import NativeTree
+from sglang_memserve.router.tree import merged
+from sglang_memserve.router.tree.native import NativeTree
+from sglang_memserve.router.tree.reference import GlobalTree
 from sglang_memserve.router.values import Match
 from sglang_memserve.types import InstanceId, ShortKey, Tier
 
@@ -224,17 +224,17 @@ def test_more_instances_than_bits_in_a_word(make: MakeTree) -> None:
 def test_the_router_runs_the_native_tree_where_there_is_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert isinstance(merged_tree.merged_tree(), NativeTree) == ("native" in TREES)
-    monkeypatch.setattr(merged_tree, "native", lambda: None)
-    assert isinstance(merged_tree.merged_tree(), GlobalTree)
+    assert isinstance(merged.merged_tree(), NativeTree) == ("native" in TREES)
+    monkeypatch.setattr(merged, "native", lambda: None)
+    assert isinstance(merged.merged_tree(), GlobalTree)
 
 
 def test_native_code_of_older_sources_is_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     older = SimpleNamespace(radix_tree=lambda *_: object())
-    monkeypatch.setattr(merged_tree, "native", lambda: older)
-    assert isinstance(merged_tree.merged_tree(), GlobalTree)
+    monkeypatch.setattr(merged, "native", lambda: older)
+    assert isinstance(merged.merged_tree(), GlobalTree)
     assert "build sgl-kernel-ext again" in caplog.text
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sglang_memserve.router.global_tree import DEFAULT_MAX_PAGES, GlobalTree
-from sglang_memserve.router.merged_tree import MergedTree, native_core
-from sglang_memserve.router.native_tree import NativeTree
+from sglang_memserve.router.tree.merged import MergedTree, native_core
+from sglang_memserve.router.tree.native import NativeTree
+from sglang_memserve.router.tree.reference import DEFAULT_MAX_PAGES, GlobalTree
 
 MakeTree = Callable[..., MergedTree]
 

@@ -7,8 +7,8 @@ import asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_memserve.errors import LimitExceeded, ShuttingDown
-from sglang_memserve.router.admission import Admission
-from sglang_memserve.router.limits import Limits
+from sglang_memserve.router.http.limits import Limits
+from sglang_memserve.router.request.admission import Admission
 
 MOVE = st.sampled_from(["come", "come", "come", "finish", "leave", "drain"])
 MOVES = st.lists(st.tuples(MOVE, st.integers(0, 100)), max_size=60)

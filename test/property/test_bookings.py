@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from sglang_memserve.router.backlog import Backlog, Ending, Work
-from sglang_memserve.router.bookings import Booking, Bookings, Order
-from sglang_memserve.router.coming import Coming, Promise
-from sglang_memserve.router.cost import CostModel
-from sglang_memserve.router.flows import Flow, Flows
+from sglang_memserve.router.cost.backlog import Backlog, Ending, Work
+from sglang_memserve.router.cost.bookings import Booking, Bookings, Order
+from sglang_memserve.router.cost.coming import Coming, Promise
+from sglang_memserve.router.cost.flows import Flow, Flows
+from sglang_memserve.router.cost.learned import CostModel
 from sglang_memserve.router.policy.base import Rotation
 from sglang_memserve.router.policy.registry import POLICIES, make_policy
 from sglang_memserve.router.values import InstanceView, Match, Prompt

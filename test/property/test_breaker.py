@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from sglang_memserve.router.breaker import Breaker, BreakerSettings, BreakerState
+from sglang_memserve.router.members.breaker import Breaker, BreakerSettings, BreakerState
 
 SETTINGS = BreakerSettings(failures=3, pause_s=2.0, longest_pause_s=16.0)
 

@@ -28,7 +28,7 @@ from sglang_memserve.mempool import MemPool
 from sglang_memserve.plugin import linker_hooks, scheduler_hooks
 from sglang_memserve.plugin.device_watch import DeviceWatch
 from sglang_memserve.plugin.scheduler_clock import SchedulerClock
-from sglang_memserve.router.global_tree import GlobalTree
+from sglang_memserve.router.tree.reference import GlobalTree
 from sglang_memserve.types import InstanceId, Namespace, PageKey, ShortKey, Tier
 
 PAGE, LAYERS, HEADS, DIM = 4, 1, 1, 1

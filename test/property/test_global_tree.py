@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from oracle.global_tree import FlatTree
 from sglang_memserve.protocol.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
-from sglang_memserve.router.global_tree import GlobalTree, NodeView
-from sglang_memserve.router.merged_tree import MergedTree
+from sglang_memserve.router.tree.merged import MergedTree
+from sglang_memserve.router.tree.reference import GlobalTree, NodeView
 from sglang_memserve.types import InstanceId, ShortKey, Tier
 
 INSTANCES = [InstanceId(f"http://host{n}:30000") for n in range(3)]

@@ -8,9 +8,9 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_memserve.router import pieces
-from sglang_memserve.router.pieces import Pieces, cut, why_not
-from sglang_memserve.router.tokenize import TRIED_TEXT, ModelTokenizer
+from sglang_memserve.router.prompt import pieces
+from sglang_memserve.router.prompt.pieces import Pieces, cut, why_not
+from sglang_memserve.router.prompt.tokenize import TRIED_TEXT, ModelTokenizer
 from tokenizers import (
     AddedToken,
     Regex,

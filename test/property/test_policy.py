@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from sglang_memserve.errors import NoInstance
-from sglang_memserve.router.cost import CostModel
-from sglang_memserve.router.fit import LinearFit
+from sglang_memserve.router.cost.fit import LinearFit
+from sglang_memserve.router.cost.learned import CostModel
 from sglang_memserve.router.policy.base import Rotation
 from sglang_memserve.router.policy.registry import POLICIES, make_policy
 from sglang_memserve.router.values import InstanceView, Match, Plan, Prompt

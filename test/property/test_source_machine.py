@@ -25,8 +25,14 @@ from sglang_memserve.protocol.events import (
 )
 from sglang_memserve.protocol.handshake import layout_hash
 from sglang_memserve.protocol.http import InstanceInfo
-from sglang_memserve.router.merged_tree import merged_tree
-from sglang_memserve.router.source import LAG_S, SnapshotReason, Source, SourceState, _OutOfStep
+from sglang_memserve.router.tree.merged import merged_tree
+from sglang_memserve.router.tree.source import (
+    LAG_S,
+    SnapshotReason,
+    Source,
+    SourceState,
+    _OutOfStep,
+)
 from sglang_memserve.types import InstanceId, Namespace, ShortKey, Tier
 
 URLS = [InstanceId(f"http://host{number}:1") for number in range(3)]

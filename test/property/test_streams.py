@@ -10,9 +10,9 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sglang_memserve.router.prompts import Request, Route, read_request
-from sglang_memserve.router.resumable import Unresumable, continued_body, why_not
-from sglang_memserve.router.streams import Diverged, Stream, make_stream
+from sglang_memserve.router.prompt.bodies import Request, Route, read_request
+from sglang_memserve.router.request.resumable import Unresumable, continued_body, why_not
+from sglang_memserve.router.request.streams import Diverged, Stream, make_stream
 from simulation import toy_engine as toy
 
 

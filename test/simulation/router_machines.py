@@ -24,9 +24,9 @@ from sglang_memserve.protocol.handshake import layout_hash
 from sglang_memserve.protocol.http import FetchResult, InstanceInfo, RankInfo
 from sglang_memserve.router.app import running
 from sglang_memserve.router.config import RouterConfig, StaticInstance
-from sglang_memserve.router.connection import Bounds, bounded
-from sglang_memserve.router.limits import Limits, StepDeadlines
-from sglang_memserve.router.listening import listen
+from sglang_memserve.router.http.connection import Bounds, bounded
+from sglang_memserve.router.http.limits import Limits, StepDeadlines
+from sglang_memserve.router.http.listening import listen
 from sglang_memserve.types import InstanceId, Namespace, Role
 
 PAGE = 4

@@ -25,8 +25,8 @@ import pytest
 import uvicorn
 from sglang_memserve.router.app import running
 from sglang_memserve.router.config import RouterConfig
-from sglang_memserve.router.limits import StepDeadlines
-from sglang_memserve.router.listening import listen
+from sglang_memserve.router.http.limits import StepDeadlines
+from sglang_memserve.router.http.listening import listen
 from sglang_memserve.types import Role
 from simulation import toy_engine as toy
 from simulation.router_machines import WAIT_S

@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 import pytest
-from sglang_memserve.router import asgi
-from sglang_memserve.router.connection import Bounds
+from sglang_memserve.router.http.connection import Bounds
+from sglang_memserve.router.request import client
 from sglang_memserve.types import Role
 from simulation.router_machines import PAGE, WAIT_S, Asked, Line, Machine, Router, router_over
 from yarl import URL
@@ -122,7 +122,7 @@ def test_a_head_that_does_not_come_is_not_waited_for(data: bytes, status: bytes)
 @pytest.mark.parametrize("path", ["/generate", "/v1/rerank", "/memserve/register", "/workers"])
 def test_a_body_that_trickles_is_a_408(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
-        monkeypatch.setattr(asgi, "BODY_GRACE_S", 0.3)
+        monkeypatch.setattr(client, "BODY_GRACE_S", 0.3)
         async with router_over(Machine(Role.BOTH)) as router, line_to(router) as (reader, writer):
             writer.write(head("Content-Length: 1000", path=path))
             said = asyncio.create_task(reader.read(4096))

@@ -9,8 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 from sglang_memserve.protocol.http import PeersBody
-from sglang_memserve.router import introductions
-from sglang_memserve.router.introductions import peers_of
+from sglang_memserve.router.members import introductions
+from sglang_memserve.router.members.introductions import peers_of
 from sglang_memserve.types import Role
 from simulation.router_machines import WAIT_S, Machine, router_over
 

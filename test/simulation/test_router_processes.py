@@ -20,7 +20,7 @@ import msgspec
 import psutil
 import pytest
 from sglang_memserve.protocol.http import Heartbeat, Load, Registration
-from sglang_memserve.router.place import VARIABLE
+from sglang_memserve.router.processes.place import VARIABLE
 from sglang_memserve.types import Role
 from simulation.router_machines import Asked, Line, Machine, generated
 
@@ -31,7 +31,7 @@ BODY = {"input_ids": list(range(1, 10))}
 PROGRAM = """
 import logging, sys
 from sglang_memserve.router.config import parse_args
-from sglang_memserve.router.processes import Patience, supervise
+from sglang_memserve.router.processes.supervisor import Patience, supervise
 logging.basicConfig(level="INFO")
 patience = Patience(silent_s=6.0, least_backoff_s=0.1)
 sys.exit(supervise(parse_args(sys.argv[1:]), sys.argv[1:], patience))

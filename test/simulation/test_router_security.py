@@ -13,9 +13,9 @@ from typing import Any
 import aiohttp
 import pytest
 from sglang_memserve.router.config import RouterConfig, StaticInstance
-from sglang_memserve.router.listening import listen
-from sglang_memserve.router.security import Tls
-from sglang_memserve.router.serving import serve
+from sglang_memserve.router.http.listening import listen
+from sglang_memserve.router.http.security import Tls
+from sglang_memserve.router.processes.serving import serve
 from sglang_memserve.types import InstanceId, Role
 from simulation.router_machines import PAGE, WAIT_S, Machine, router_over
 from unit.certificates import Authority, Identity

@@ -77,7 +77,7 @@ def test_metrics_of_members_pools_and_streams() -> None:
 
 
 def test_engine_metrics_do_not_wait_for_the_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang_memserve.router.engine_metrics.ASK_S", 0.3)
+    monkeypatch.setattr("sglang_memserve.router.metrics.engine.ASK_S", 0.3)
 
     async def stalls(asked: Asked, line: Line) -> None:
         if asked.path == "/metrics":

@@ -13,7 +13,7 @@ import orjson
 import pytest
 from sglang_memserve.hashing import namespace_seed, page_keys
 from sglang_memserve.router.config import StaticInstance
-from sglang_memserve.router.limits import Limits
+from sglang_memserve.router.http.limits import Limits
 from sglang_memserve.types import InstanceId, Role
 from simulation.router_machines import (
     MODEL,

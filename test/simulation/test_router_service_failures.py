@@ -17,7 +17,7 @@ import orjson
 import pytest
 from sglang_memserve.protocol.http import FetchResult
 from sglang_memserve.router.config import StaticInstance
-from sglang_memserve.router.limits import StepDeadlines
+from sglang_memserve.router.http.limits import StepDeadlines
 from sglang_memserve.types import InstanceId, Role
 from simulation.router_machines import (
     PAGE,

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
-from sglang_memserve.router.limits import Limits
+from sglang_memserve.router.http.limits import Limits
 from sglang_memserve.types import Role
 from simulation.router_machines import PAGE, WAIT_S, Asked, Line, Machine, Router, router_over
 from simulation.test_router_service_failures import BODY, free_port, generated, run_router

@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from sglang_memserve.protocol.events import BlockStored
 from sglang_memserve.protocol.handshake import layout_hash
 from sglang_memserve.protocol.http import InstanceInfo, RankInfo
-from sglang_memserve.router.backlog import Ending
-from sglang_memserve.router.bookings import Booking, Bookings, Order
-from sglang_memserve.router.cost import CostModel
-from sglang_memserve.router.global_tree import GlobalTree
-from sglang_memserve.router.instances import Instances
-from sglang_memserve.router.member import InFlight, Outcome
-from sglang_memserve.router.placement import Keyed, decide, key_prompts, look_up, prompt_of
+from sglang_memserve.router.cost.backlog import Ending
+from sglang_memserve.router.cost.bookings import Booking, Bookings, Order
+from sglang_memserve.router.cost.learned import CostModel
+from sglang_memserve.router.cost.spells import Computed, Spells
+from sglang_memserve.router.members.instances import Instances
+from sglang_memserve.router.members.member import InFlight, Outcome
 from sglang_memserve.router.policy.base import Rotation
 from sglang_memserve.router.policy.registry import make_policy
-from sglang_memserve.router.spells import Computed, Spells
+from sglang_memserve.router.request.placement import Keyed, decide, key_prompts, look_up, prompt_of
+from sglang_memserve.router.tree.reference import GlobalTree
 from sglang_memserve.router.values import Plan
 from sglang_memserve.types import InstanceId, Namespace, PageKey, Tier
 

@@ -29,14 +29,14 @@ from sglang_memserve.protocol.events import (
 )
 from sglang_memserve.protocol.handshake import layout_hash
 from sglang_memserve.protocol.http import InstanceInfo, Load, RankInfo
-from sglang_memserve.router.feed import Feed, SourceState, SourceStatus
-from sglang_memserve.router.global_tree import GlobalTree
-from sglang_memserve.router.instances import Instances
-from sglang_memserve.router.member import State
-from sglang_memserve.router.polling import Poller
-from sglang_memserve.router.source import FULL_S, STALE_S, SnapshotReason
-from sglang_memserve.router.source_metrics import SourceCollector, described
-from sglang_memserve.router.trust import TrustedTree
+from sglang_memserve.router.members.instances import Instances
+from sglang_memserve.router.members.member import State
+from sglang_memserve.router.members.polling import Poller
+from sglang_memserve.router.tree.feed import Feed, SourceState, SourceStatus
+from sglang_memserve.router.tree.metrics import SourceCollector, described
+from sglang_memserve.router.tree.reference import GlobalTree
+from sglang_memserve.router.tree.source import FULL_S, STALE_S, SnapshotReason
+from sglang_memserve.router.tree.trust import TrustedTree
 from sglang_memserve.router.values import Match
 from sglang_memserve.types import Generation, InstanceId, Namespace, Role, ShortKey
 

@@ -16,9 +16,9 @@ from sglang_memserve.errors import (
 from sglang_memserve.protocol import PROTOCOL_VERSION
 from sglang_memserve.protocol.handshake import layout_hash
 from sglang_memserve.protocol.http import Heartbeat, InstanceInfo, Load, RankInfo
-from sglang_memserve.router.breaker import Breaker, BreakerSettings, BreakerState
-from sglang_memserve.router.instances import Instances
-from sglang_memserve.router.member import InFlight, MemberStatus, Outcome, State
+from sglang_memserve.router.members.breaker import Breaker, BreakerSettings, BreakerState
+from sglang_memserve.router.members.instances import Instances
+from sglang_memserve.router.members.member import InFlight, MemberStatus, Outcome, State
 from sglang_memserve.router.values import Match
 from sglang_memserve.types import Generation, InstanceId, Namespace, Role
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from sglang_memserve.errors import ConfigError, NoInstance
-from sglang_memserve.router.cost import CostModel
+from sglang_memserve.router.cost.learned import CostModel
 from sglang_memserve.router.policy.base import Rotation
 from sglang_memserve.router.policy.registry import POLICIES, make_policy
 from sglang_memserve.router.values import InstanceView, Match, Plan, Prompt

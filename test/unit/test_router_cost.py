@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from sglang_memserve.router.cost import CostModel
-from sglang_memserve.router.fit import Observation, RobustFit
-from sglang_memserve.router.spells import MOST_PROMPTS, Computed, Spell, Spells
+from sglang_memserve.router.cost.fit import Observation, RobustFit
+from sglang_memserve.router.cost.learned import CostModel
+from sglang_memserve.router.cost.spells import MOST_PROMPTS, Computed, Spell, Spells
 from sglang_memserve.types import InstanceId
 
 A, B, C = (InstanceId(f"http://{name}:1") for name in "abc")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import orjson
 import pytest
-from sglang_memserve.router import headers, replies
+from sglang_memserve.router.http import headers, replies
 
 
 def test_hop_by_hop_headers_stay_on_their_hop() -> None:

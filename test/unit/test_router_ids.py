@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sglang_memserve.router.ids import ID_BYTES, IDS_A_READ, Ids, new_id
+from sglang_memserve.router.http.ids import ID_BYTES, IDS_A_READ, Ids, new_id
 
 
 def test_one_read_serves_many_ids() -> None:

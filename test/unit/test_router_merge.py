@@ -7,9 +7,9 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sglang_memserve.errors import ConfigError
-from sglang_memserve.router import merge
 from sglang_memserve.router.config import RouterConfig
-from sglang_memserve.router.processes import Patience
+from sglang_memserve.router.processes import merge
+from sglang_memserve.router.processes.supervisor import Patience
 
 
 def exposed(count: float, only_here: str = "") -> bytes:

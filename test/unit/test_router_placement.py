@@ -7,10 +7,11 @@ from sglang_memserve.hashing import page_keys, short_key
 from sglang_memserve.protocol.events import BlockStored
 from sglang_memserve.protocol.handshake import layout_hash
 from sglang_memserve.protocol.http import InstanceInfo, RankInfo
-from sglang_memserve.router.global_tree import GlobalTree
-from sglang_memserve.router.instances import Instances
-from sglang_memserve.router.models import ModelNames
-from sglang_memserve.router.placement import (
+from sglang_memserve.router.members.instances import Instances
+from sglang_memserve.router.members.models import ModelNames
+from sglang_memserve.router.policy.base import Rotation
+from sglang_memserve.router.policy.round_robin import RoundRobin
+from sglang_memserve.router.request.placement import (
     Holdings,
     Keyed,
     decide,
@@ -19,9 +20,8 @@ from sglang_memserve.router.placement import (
     look_up,
     prompt_of,
 )
-from sglang_memserve.router.policy.base import Rotation
-from sglang_memserve.router.policy.round_robin import RoundRobin
-from sglang_memserve.router.steps import Result
+from sglang_memserve.router.request.steps import Result
+from sglang_memserve.router.tree.reference import GlobalTree
 from sglang_memserve.router.values import Match
 from sglang_memserve.types import InstanceId, Namespace, Tier
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sglang_memserve.errors import ConfigError
 from sglang_memserve.router.config import RouterConfig, parse_args
-from sglang_memserve.router.security import Access, Keys, Tls, access_of
+from sglang_memserve.router.http.security import Access, Keys, Tls, access_of
 from unit.certificates import Authority
 
 

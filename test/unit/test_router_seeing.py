@@ -5,12 +5,12 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 from sglang_memserve.protocol.http import InstanceStats
-from sglang_memserve.router import engine_metrics
-from sglang_memserve.router.engine_metrics import merged
-from sglang_memserve.router.journal import EXCERPT_CHARACTERS, excerpt
-from sglang_memserve.router.labels import OTHER, Bounded, Departed
-from sglang_memserve.router.pools import pool_state
-from sglang_memserve.router.prompts import Chat, Opaque, Texts, TokenIds
+from sglang_memserve.router.members.pools import pool_state
+from sglang_memserve.router.metrics import engine
+from sglang_memserve.router.metrics.engine import merged
+from sglang_memserve.router.metrics.labels import OTHER, Bounded, Departed
+from sglang_memserve.router.prompt.bodies import Chat, Opaque, Texts, TokenIds
+from sglang_memserve.router.request.journal import EXCERPT_CHARACTERS, excerpt
 from sglang_memserve.types import InstanceId
 
 A, B, C = InstanceId("http://a:1"), InstanceId("http://b:1"), InstanceId("http://c:1")
@@ -55,9 +55,9 @@ def test_what_is_no_sample_is_left_out() -> None:
 
 
 def test_one_instance_cannot_fill_the_page() -> None:
-    text = "".join(f"m{i} 1\n" for i in range(engine_metrics.MAX_SAMPLES + 50))
+    text = "".join(f"m{i} 1\n" for i in range(engine.MAX_SAMPLES + 50))
     page = merged({A: text})
-    assert page.count("\nm") == engine_metrics.MAX_SAMPLES + 1  # and memserve_engine_up
+    assert page.count("\nm") == engine.MAX_SAMPLES + 1  # and memserve_engine_up
 
 
 def test_a_label_takes_so_many_values_and_no_more() -> None:

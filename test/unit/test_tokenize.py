@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 from sglang_memserve.errors import ConfigError, PeerError
-from sglang_memserve.router.chat_template import ChatTemplate, Unrenderable
-from sglang_memserve.router.prompts import Chat, Opaque, Texts, TokenIds
-from sglang_memserve.router.tokenize import (
+from sglang_memserve.router.prompt.bodies import Chat, Opaque, Texts, TokenIds
+from sglang_memserve.router.prompt.chat_template import ChatTemplate, Unrenderable
+from sglang_memserve.router.prompt.tokenize import (
     INLINE_CHARACTERS,
     Backend,
     ModelTokenizer,
@@ -334,7 +334,7 @@ def test_short_prompts_need_no_thread(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_tokenizing_needs_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, sglang_memserve.router.tokenize, sglang_memserve.router.proxy\n"
+        "import sys, sglang_memserve.router.prompt.tokenize, sglang_memserve.router.http.proxy\n"
         "print(sorted({'torch', 'transformers', 'sglang', 'nixl'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

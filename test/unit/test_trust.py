@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
-from sglang_memserve.router.source import SourceState
-from sglang_memserve.router.trust import TrustedTree, discounted
+from sglang_memserve.router.tree.source import SourceState
+from sglang_memserve.router.tree.trust import TrustedTree, discounted
 from sglang_memserve.router.values import Match
 from sglang_memserve.types import InstanceId
 

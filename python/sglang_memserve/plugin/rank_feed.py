@@ -1,8 +1,8 @@
 """Follows what one rank of this instance holds, into the intersection over all ranks.
 
-As the router follows an instance (``router.feed``), over local sockets: subscribe, take the rank's
-snapshot, apply what comes after; on a hole, or when the rank says that it has published more than
-came, take the snapshot again. What is known of a rank stays in force until then.
+As the router follows an instance (``router.tree.feed``), over local sockets: subscribe, take the
+rank's snapshot, apply what comes after; on a hole, or when the rank says that it has published more
+than came, take the snapshot again. What is known of a rank stays in force until then.
 """
 
 from __future__ import annotations

@@ -1,0 +1,10 @@
+"""Routes beside inference: for operators, instances and people who look. In dependency order:
+
+``fleet``         health, metrics, and what goes to all instances: flush, abort
+``registration``  instances that come and go, workers an operator adds, the tree
+``drain``         ending well
+``workers``       one worker's role and end
+``explain``       why requests go where they go
+``aliases``       the same by the names of sglang-router and SGLang
+``openapi``       what the router says of itself
+"""

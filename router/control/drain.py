@@ -1,0 +1,85 @@
+"""Ending well: the router after a SIGTERM, and an instance that is to leave.
+
+    SIGTERM -> new requests 503 with Retry-After, not ready any more; what runs goes on
+        -> nothing runs, or the time is over -> the listening socket is closed, connections end
+
+A second signal ends the waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import FrameType
+
+import uvicorn
+from sglang_memserve.types import InstanceId
+
+from ..members.instances import Instances
+from ..members.member import State
+from ..request.admission import Admission
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.1
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which goes on listening until ``admission`` is idle."""
+
+    def __init__(self, config: uvicorn.Config, admission: Admission, drain_s: float) -> None:
+        super().__init__(config)
+        self._admission = admission
+        self._drain_s = drain_s
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._admission.draining:
+            super().handle_exit(sig, frame)
+            return
+        logger.info(
+            "draining for %g s at most: %d requests", self._drain_s, self._admission.running
+        )
+        self._admission.drain()
+        self._draining = asyncio.get_running_loop().create_task(self._end_when_idle())
+
+    async def _end_when_idle(self) -> None:
+        if not await self._admission.until_idle(self._drain_s):
+            logger.warning("%d requests are cut off", self._admission.running)
+            self.force_exit = True
+        self.should_exit = True
+
+
+class Leaving:
+    """Instances that get nothing new and are removed when what they have is done."""
+
+    def __init__(self, instances: Instances) -> None:
+        self._instances = instances
+        self._tasks: dict[InstanceId, asyncio.Task[None]] = {}
+
+    def begin(self, instance: InstanceId, limit_s: float) -> None:
+        """Again with another limit is fine. Raises ConfigError for an unknown instance."""
+        self._instances.drain(instance)
+        if (before := self._tasks.pop(instance, None)) is not None:
+            before.cancel()
+        task = asyncio.create_task(self._see_off(instance, limit_s), name=f"draining {instance}")
+        self._tasks[instance] = task
+
+    async def _see_off(self, instance: InstanceId, limit_s: float) -> None:
+        until = asyncio.get_running_loop().time() + limit_s
+        while asyncio.get_running_loop().time() < until:
+            member = next((m for m in self._instances.members() if m.id == instance), None)
+            if member is None or member.state is not State.DRAINING:
+                break
+            if not member.in_flight_requests:
+                break
+            await asyncio.sleep(POLL_S)
+        self._instances.dismiss(instance)
+        if self._tasks.get(instance) is asyncio.current_task():
+            del self._tasks[instance]
+
+    async def close(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,404 @@
+"""Client-visible event streams that can outlive the instance which began them. Pure.
+
+The client sees one stream: the first instance's id, all token counts whole, cumulative text and
+ids as if nothing had happened. Only whole frames are passed on.
+
+    instance 1   t1 t2 t3 t4 t5 <breaks>
+    instance 2                 prompt + t1 .. t5 -> t6 t7 ..     chat, completions
+    instance 2         prompt + t1 .. t3 -> t4 t5 t6 t7 ..       /generate: t4 t5 are compared
+
+``/generate`` sends ids and text of all tokens in each frame. Text may lag behind (a character of
+several tokens), so the new instance starts at a token where the text had just grown, and must first
+repeat what the client has. The OpenAI routes send new text alone; ``resume`` finds its tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+from sglang_memserve.errors import PeerError
+
+from ..prompt.bodies import Request, Route
+from .resumable import Unresumable, sampling, stop_strings
+
+GAP = b"\n\n"
+CRLF_GAP = b"\r\n\r\n"
+DONE = b"data: [DONE]"
+LAST = DONE + GAP
+MAX_FRAME_BYTES = 16 * 2**20
+_TEXT = b'data: {"text":"'
+_IDS = b'","output_ids":['
+
+
+class Diverged(PeerError):
+    """The other instance does not repeat what the client has already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Continuation:
+    """``ids``: tokens after the prompt from where it goes on, None where ``text`` has to be turned
+    into them first."""
+
+    text: str
+    ids: tuple[int, ...] | None
+
+
+class Stream(Protocol):
+    """One client's event stream, over as many instances as it takes."""
+
+    done: bool
+    """The client has been sent ``[DONE]``."""
+
+    @property
+    def finished(self) -> bool:
+        """All but ``[DONE]`` was sent."""
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Bytes from the instance to whole frames for the client. Raises Diverged."""
+
+    def at_end(self) -> bytes:
+        """The instance ended its answer: what is left for the client. Raises PeerError where it
+        should not have ended."""
+
+    def so_far(self) -> Continuation:
+        """Where it may go on. Raises Unresumable."""
+
+    def conclude(self, prompt_tokens: int, tokens: int) -> bytes:
+        """What says that the text so far was all, ``tokens`` being as many as were asked for."""
+
+    def go_on(self, ids: Sequence[int]) -> None:
+        """From now on ``feed`` gets what follows the prompt and ``ids``."""
+
+
+def make_stream(request: Request) -> Stream:
+    """For a request without any ``why_not``."""
+    stops = stop_strings(sampling(request))
+    if request.route is Route.GENERATE:
+        return GenerateStream(stops)
+    options = request.body.get("stream_options")
+    usage = isinstance(options, dict) and bool(options.get("include_usage"))
+    return OpenAIStream(stops, wants_usage=usage)
+
+
+class _Framed(ABC):
+    """Whole frames out of bytes. A stream that is not as expected is passed on as it comes."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._rest = b""
+        self._tail = b""
+        self._odd = ""
+        self._joining = False
+        self.done = False
+
+    def feed(self, chunk: bytes) -> bytes:
+        data = self._rest + chunk if self._rest else chunk
+        if self._odd and not self._joining:
+            self._rest = b""
+            return self._pass_on(data)
+        end = data.rfind(GAP) + len(GAP)
+        if CRLF_GAP in data or (end < len(GAP) and len(data) > MAX_FRAME_BYTES):
+            self._rest = b""
+            return self._unexpected(data)
+        if end < len(GAP):
+            self._rest = data
+            return b""
+        self._rest = data[end:]
+        whole = data[:end]
+        frames = whole.split(GAP)[:-1]
+        if self._joining:
+            return b"".join(map(self._join, frames))
+        for frame in frames:
+            self._note(frame)
+        return whole
+
+    def at_end(self) -> bytes:
+        if self._joining and not self.done:
+            raise PeerError("the continuation ended early")
+        if not self.done and not self._odd:
+            raise PeerError("the stream ended early")
+        rest, self._rest = self._rest, b""
+        return b"" if self._joining else rest
+
+    def _unexpected(self, data: bytes) -> bytes:
+        if self._joining:
+            raise Diverged("sent no frames that can be read")
+        self._odd = "its frames cannot be read"
+        return self._pass_on(data)
+
+    def _pass_on(self, data: bytes) -> bytes:
+        self._tail = (self._tail + data[-len(LAST) :])[-len(LAST) :]
+        self.done = self._tail.rstrip().endswith(DONE)
+        return data
+
+    def _note(self, frame: bytes) -> None:
+        """The client gets ``frame``."""
+        if frame == DONE:
+            self.done = True
+        else:
+            self._observe(frame)
+
+    def _join(self, frame: bytes) -> bytes:
+        """What the client gets for a frame of the continuation."""
+        if frame == DONE:
+            self._require_end()
+            self.done = True
+            return LAST
+        joined = self._joined(_loads(frame))
+        if not joined:
+            return b""
+        data = b"data: " + orjson.dumps(joined)
+        self._note(data)
+        return data + GAP
+
+    def _start_joining(self) -> None:
+        self._joining = True
+        self._rest = b""
+
+    def _require_no_half_stop(self, text: str) -> None:
+        """The next instance looks for stop strings in its own text only."""
+        for stop in self._stops:
+            if any(text.endswith(stop[:length]) for length in range(1, len(stop) + 1)):
+                raise Unresumable("it broke off in what may be a stop string")
+
+    @abstractmethod
+    def _observe(self, frame: bytes) -> None: ...
+
+    @abstractmethod
+    def _joined(self, value: dict[str, Any]) -> dict[str, Any] | None:
+        """The client's frame, None while there is nothing new in it. Raises Diverged."""
+
+    @abstractmethod
+    def _require_end(self) -> None:
+        """Raises Diverged where a continuation must not end yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Cumulative:
+    """What one frame of ``/generate`` says."""
+
+    text: str
+    ids: list[int]
+    meta: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Seam:
+    """What the client had ``seen`` of a ``/generate`` stream when it went on after ``base``."""
+
+    base_ids: list[int]
+    base_text: str
+    seen: _Cumulative
+
+
+class GenerateStream(_Framed):
+    """Cumulative frames: the last one says all. Parsed when needed only."""
+
+    def __init__(self, stops: Sequence[str] = ()) -> None:
+        super().__init__(stops)
+        self._last = b""
+        # (tokens, where the text ends in the frame) of the last two frames whose text had grown.
+        self._growth: list[tuple[int, int]] = []
+        self._seam: _Seam | None = None
+        self._caught_up = True
+
+    @property
+    def finished(self) -> bool:
+        return not self._odd and self._read_last().meta.get("finish_reason") is not None
+
+    def _observe(self, frame: bytes) -> None:
+        end = frame.find(_IDS)
+        if not frame.startswith(_TEXT) or end < 0:
+            self._odd = "a frame without text and output_ids"
+            return
+        start = end + len(_IDS)
+        close = frame.find(b"]", start)
+        tokens = frame.count(b",", start, close) + 1 if close > start else 0
+        if end > (self._growth[-1][1] if self._growth else len(_TEXT)):
+            self._growth = [*self._growth[-1:], (tokens, end)]
+        self._last = frame
+
+    def _read_last(self) -> _Cumulative:
+        if not self._last:
+            return _Cumulative("", [], {})
+        return _cumulative(_loads(self._last))
+
+    def so_far(self) -> Continuation:
+        if self._odd:
+            raise Unresumable(self._odd)
+        last = self._read_last()
+        if len(last.ids) < last.meta.get("completion_tokens", 0):
+            raise Unresumable("its frames hold the new tokens only")
+        self._require_no_half_stop(last.text)
+        if len(self._growth) < 2:
+            return Continuation("", ())
+        tokens, end = self._growth[0]
+        text = orjson.loads(b'"' + self._last[len(_TEXT) : end] + b'"')
+        return Continuation(text, tuple(last.ids[:tokens]))
+
+    def conclude(self, prompt_tokens: int, tokens: int) -> bytes:
+        raise Unresumable("its last frame says how it ended")
+
+    def go_on(self, ids: Sequence[int]) -> None:
+        text = self.so_far().text if ids else ""
+        self._seam = _Seam(list(ids), text, self._read_last())
+        self._caught_up = False
+        self._start_joining()
+
+    def _require_end(self) -> None:
+        self._require(self._caught_up, "it ended before where the first one was")
+
+    def _joined(self, value: dict[str, Any]) -> dict[str, Any] | None:
+        assert self._seam is not None
+        seam = self._seam
+        new = _cumulative(value)
+        ids, text, seen = seam.base_ids + new.ids, seam.base_text + new.text, seam.seen
+        shared = min(len(ids), len(seen.ids))
+        prompt = new.meta.get("prompt_tokens", 0) - len(seam.base_ids)
+        self._require(prompt == seen.meta.get("prompt_tokens", prompt), "another prompt")
+        self._require(ids[:shared] == seen.ids[:shared], "other tokens")
+        if len(ids) < len(seen.ids) or len(text) < len(seen.text):
+            finished = new.meta.get("finish_reason") is not None
+            self._require(not finished, "it ended before where the first one was")
+            self._require(seen.text.startswith(text), "other text")
+            return None
+        self._require(text.startswith(seen.text), "other text")
+        meta = dict(new.meta)
+        meta["completion_tokens"] = new.meta.get("completion_tokens", 0) + len(seam.base_ids)
+        for name in ("id", "prompt_tokens", "cached_tokens", "cached_tokens_details"):
+            if name in seen.meta:
+                meta[name] = seen.meta[name]
+        if not self._caught_up:
+            # From here on the places of growth are those in our own frames.
+            self._caught_up = True
+            self._growth = []
+        return {**value, "text": text, "output_ids": ids, "meta_info": meta}
+
+    @staticmethod
+    def _require(holds: bool, what: str) -> None:
+        if not holds:
+            raise Diverged(f"does not continue as it began: {what}")
+
+
+class OpenAIStream(_Framed):
+    """Frames of new text, of completions or a chat."""
+
+    def __init__(self, stops: Sequence[str] = (), *, wants_usage: bool = False) -> None:
+        super().__init__(stops)
+        self._wants_usage = wants_usage
+        self._parts: list[str] = []
+        self._first: dict[str, Any] = {}
+        # The last frame with text in it.
+        self._like: dict[str, Any] = {}
+        self._ended = False
+        self._usage_seen = False
+        self._skipped_tokens = 0
+
+    @property
+    def finished(self) -> bool:
+        return not self._odd and self._ended and (self._usage_seen or not self._wants_usage)
+
+    def _observe(self, frame: bytes) -> None:
+        try:
+            value = _loads(frame)
+        except Diverged as error:
+            self._odd = str(error)
+            return
+        choices = value.get("choices")
+        if not isinstance(choices, list) or not all(isinstance(one, dict) for one in choices):
+            self._odd = "a frame without choices"
+            return
+        self._first = self._first or {k: value[k] for k in ("id", "created") if k in value}
+        self._usage_seen = self._usage_seen or (not value["choices"] and "usage" in value)
+        for choice in value["choices"]:
+            delta = choice.get("delta")
+            said = delta if isinstance(delta, dict) else choice
+            if choice.get("index") or said.get("tool_calls") or said.get("reasoning_content"):
+                self._odd = "it holds more than one text"
+            self._parts.append(said.get("content" if said is delta else "text") or "")
+            self._like = value
+            self._ended = self._ended or choice.get("finish_reason") is not None
+
+    def so_far(self) -> Continuation:
+        if self._odd:
+            raise Unresumable(self._odd)
+        if self._ended:
+            raise Unresumable("it had come to its end but for the usage")
+        text = "".join(self._parts)
+        self._parts = [text]
+        self._require_no_half_stop(text)
+        return Continuation(text, None if text else ())
+
+    def conclude(self, prompt_tokens: int, tokens: int) -> bytes:
+        (choice,) = self._like["choices"]
+        nothing: dict[str, Any] = {"delta": {}} if "delta" in choice else {"text": ""}
+        last = {**choice, **nothing, "finish_reason": "length"}
+        frames: list[dict[str, Any]] = [{**self._like, "choices": [last]}]
+        if self._wants_usage:
+            usage = {"prompt_tokens": prompt_tokens, "completion_tokens": tokens}
+            usage["total_tokens"] = prompt_tokens + tokens
+            frames.append({**self._like, "choices": [], "usage": usage})
+        return b"".join(b"data: " + orjson.dumps(frame) + GAP for frame in frames)
+
+    def go_on(self, ids: Sequence[int]) -> None:
+        self._skipped_tokens = len(ids)
+        self._start_joining()
+
+    def _require_end(self) -> None:
+        if not self._ended:
+            raise Diverged("ended without a reason")
+
+    def _joined(self, value: dict[str, Any]) -> dict[str, Any] | None:
+        if not isinstance(value.get("choices"), list):
+            raise Diverged(f"refused to continue: {str(value)[:200]}")
+        if self._first and _is_role_only(value["choices"]):
+            return None
+        usage = value.get("usage")
+        if isinstance(usage, dict):
+            _count_in(usage, self._skipped_tokens)
+        return {**value, **self._first}
+
+
+def _is_role_only(choices: Sequence[Mapping[str, Any]]) -> bool:
+    """The first frame of a chat: the client has had one."""
+    deltas = [choice.get("delta") for choice in choices]
+    return bool(deltas) and all(
+        isinstance(delta, dict)
+        and delta.get("role")
+        and not delta.get("content")
+        and choice.get("finish_reason") is None
+        for delta, choice in zip(deltas, choices, strict=True)
+    )
+
+
+def _count_in(usage: dict[str, Any], tokens: int) -> None:
+    """``tokens`` were generated, though the continuation took them for a part of its prompt."""
+    for name, change in (("prompt_tokens", -tokens), ("completion_tokens", tokens)):
+        if type(usage.get(name)) is int:
+            usage[name] += change
+    details = usage.get("prompt_tokens_details")
+    if isinstance(details, dict) and type(details.get("cached_tokens")) is int:
+        details["cached_tokens"] = min(details["cached_tokens"], usage["prompt_tokens"])
+
+
+def _loads(frame: bytes) -> dict[str, Any]:
+    """Raises Diverged for a frame that is no JSON object."""
+    try:
+        value = orjson.loads(frame.removeprefix(b"data:"))
+    except orjson.JSONDecodeError as error:
+        raise Diverged(f"sent a frame that is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Diverged("sent a frame that is no JSON object")
+    return value
+
+
+def _cumulative(value: Mapping[str, Any]) -> _Cumulative:
+    """Raises Diverged for a frame of another kind, an error say."""
+    text, ids, meta = (value.get(name) for name in ("text", "output_ids", "meta_info"))
+    if not (isinstance(text, str) and isinstance(ids, list) and isinstance(meta, dict)):
+        raise Diverged(f"sent something else than tokens: {str(value.get('error'))[:200]}")
+    return _Cumulative(text, ids, meta)
