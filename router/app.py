@@ -25,7 +25,6 @@ from sglang_memserve.errors import (
     NamespaceMismatch,
     NoInstance,
     PeerError,
-    PeerUnreachable,
     ProtocolError,
     VersionMismatch,
 )
@@ -336,7 +335,7 @@ class EngineTokenizer:
         for view in views[:MOST_ASKED]:
             try:
                 return await self._ask_one(view.id, question)
-            except PeerUnreachable as failure:
+            except PeerError as failure:
                 error = failure
         raise error
 

@@ -31,7 +31,7 @@ from ..members.models import ModelNames
 from ..metrics.registry import Metrics
 from ..policy.base import Rotation
 from ..prompt import bodies
-from ..prompt.bodies import Route
+from ..prompt.bodies import Opaque, Route
 from .admission import Admission
 from .client import Broken, Client, ClientGone, read_body, refusal, until_gone
 from .forward import Forwarding
@@ -149,8 +149,10 @@ class Dispatcher:
             return
         keyed, reason = await self._preparation.key(turn.request)
         turn.prompt_tokens = keyed.tokens
-        if len(keyed.chains) == 1 and not why_not(turn.request):
-            turn.prompt_ids = keyed.chains[0].ids
+        known = not isinstance(self._preparation.source(turn.request), Opaque)
+        if known and not why_not(turn.request):
+            # Ids that nobody told just now are asked for again when they are needed.
+            turn.prompt_ids = keyed.chains[0].ids if keyed.chains else ()
             turn.stream = make_stream(turn.request)
         self._rotation.advance()
         patience = Patience()

@@ -22,6 +22,7 @@ from ..http.proxy import Upstream
 logger = logging.getLogger(__name__)
 
 ABORT_S = 5.0
+LAST_ABORTS_S = 1.0
 MAX_ABORTS_IN_FLIGHT = 4096
 
 
@@ -107,5 +108,10 @@ class LiveRequests:
             logger.info("%s could not be told to abort %s: %s", instance, rid, error)
 
     async def close(self) -> None:
-        """Let the last aborts go out; each has its own deadline."""
-        await asyncio.gather(*self._aborts, return_exceptions=True)
+        """Let the last aborts go out. An instance that takes longer is frozen: nobody waits."""
+        if not self._aborts:
+            return
+        _, late = await asyncio.wait(self._aborts, timeout=LAST_ABORTS_S)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from sglang_memserve.errors import PeerError
+
 from ..cost.backlog import Ending
 from ..cost.bookings import Bookings, Order
 from ..http.headers import Verdict
@@ -9,7 +13,7 @@ from ..members.instances import Instances
 from ..members.models import ModelNames
 from ..metrics.registry import Funnel, Metrics
 from ..policy.base import Policy, Rotation
-from ..prompt.bodies import Chat, Opaque, Request, Texts
+from ..prompt.bodies import Chat, Opaque, Request, Source, Texts
 from ..prompt.tokenize import Tokenization
 from ..tree.merged import Matcher
 from ..values import Plan
@@ -84,11 +88,8 @@ class Preparation:
         reference = self._instances.reference()
         if reference is None:
             return opaque(1), "no mempool"
-        source = request.source
-        if request.model is not None and self._names.adapter(request.model):
-            source = Opaque("lora")
         with self._metrics.routing.labels("tokenize").time():
-            tokenized = await self._tokenization.tokenize(source)
+            tokenized = await self._tokenization.tokenize(self.source(request))
         ids = tokenized.ids
         if not ids or not all(ids):
             return opaque(reference.page_size), tokenized.reason or "empty prompt"
@@ -99,6 +100,19 @@ class Preparation:
                 return key_prompts(ids, request.namespaces, reference.page_size), ""
         except ValueError:
             return opaque(reference.page_size), "malformed token ids"
+
+    def source(self, request: Request) -> Source:
+        """Where the prompts' ids come from: an adapter's pages are its own."""
+        if request.model is not None and self._names.adapter(request.model):
+            return Opaque("lora")
+        return request.source
+
+    async def prompt_ids(self, request: Request) -> Sequence[int]:
+        """Token ids of the one prompt. Raises PeerError while nobody tells them."""
+        tokenized = await self._tokenization.tokenize(self.source(request))
+        if len(tokenized.ids) != 1 or not tokenized.ids[0]:
+            raise PeerError(f"its prompt's tokens are not known: {tokenized.reason}")
+        return tokenized.ids[0]
 
     async def prepare(self, turn: Turn, keyed: Keyed, reason: str) -> Prepared:
         """Plan, and do all that comes before decode. Raises NoInstance."""

@@ -97,6 +97,7 @@ class Resumption:
     async def _once(self, turn: Turn, stream: Stream) -> None:
         so_far = stream.so_far()
         ids = await self._ids(so_far)
+        turn.prompt_ids = turn.prompt_ids or await self._preparation.prompt_ids(turn.request)
         # Where nothing is left but to say so, the plan is for who can tell that it is true.
         over = so_far.ids is None and all_generated(turn.request, len(ids))
         body = continued_body(turn.request, turn.prompt_ids, ids[:-1] if over else ids)

@@ -231,7 +231,7 @@ class World:
         if problem:
             overwhelmed = sum(fault >= since for fault in self.faults) >= len(ROLES)
             known = router.was_away(since) or overwhelmed
-            assert known, (self.seed, path, body, response.status, problem)
+            assert known, f"seed {self.seed}: {path} {body}: {response.status} {problem}"
             # 500: the way this test kills a router in its own process.
             assert response.status in (200, 500, 502, 503), (self.seed, response.status, problem)
             self.overwhelmed += not router.was_away(since)

@@ -90,6 +90,20 @@ def test_a_stream_that_stalls_goes_on_elsewhere(path: str) -> None:
     go(scenario())
 
 
+@pytest.mark.parametrize("path", list(ASKED))
+def test_a_stream_goes_on_though_nobody_told_its_tokens_before(path: str) -> None:
+    async def scenario() -> None:
+        toys = [ToyInstance(dies_after=[5]), ToyInstance(dies_after=[5])]
+        async with router_over(*toys) as router:
+            for one in toys:
+                one.wont_tokenize = 1
+            body = asked(path)
+            assert told(path, await frames(router, path, body)) == expected(path, body)
+            assert [one.wont_tokenize for one in toys] == [0, 0]
+
+    go(scenario())
+
+
 def test_an_instance_that_freezes_is_not_waited_for() -> None:
     """No stall deadline is near: that its heartbeats are gone says enough. Neither does a request
     that is not streamed wait for it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Coroutine
 from typing import Any
 
@@ -11,6 +12,7 @@ import aiohttp
 import orjson
 import pytest
 from sglang_memserve.router.http.limits import Limits
+from sglang_memserve.router.request.live import ABORT_S
 from sglang_memserve.types import Role
 from simulation.router_machines import PAGE, WAIT_S, Asked, Line, Machine, Router, router_over
 from simulation.test_router_service_failures import BODY, free_port, generated, run_router
@@ -78,6 +80,22 @@ def test_who_waits_too_long_gets_a_429_and_who_leaves_frees_the_place() -> None:
             first.cancel()
             held.release.set()
             assert (await router.post("/generate", BODY)).status == 200
+
+    go(scenario())
+
+
+def test_a_frozen_instance_that_is_owed_an_abort_does_not_hold_up_the_end() -> None:
+    async def scenario() -> None:
+        toy = ToyInstance(role=Role.BOTH)
+        async with router_over(toy) as router:
+            toy.freeze()
+            request = asyncio.create_task(router.post("/generate", BODY))
+            await toy.wait_for("/generate")
+            request.cancel()
+            await toy.wait_for("/abort_request")
+            started = time.monotonic()
+        assert time.monotonic() - started < ABORT_S - 1
+        await toy.kill()
 
     go(scenario())
 

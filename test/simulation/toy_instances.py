@@ -32,13 +32,15 @@ GENERATING = ("/generate", "/v1/completions", "/v1/chat/completions")
 @dataclass
 class ToyInstance(Machine):
     """``step_s``: seconds a token. ``dies_after``: frames of a stream after which the connection
-    is cut, once for each number. ``lies``: it computes other tokens than the others do."""
+    is cut, once for each number. ``lies``: it computes other tokens than the others do.
+    ``wont_tokenize``: so many times."""
 
     role: Role = Role.BOTH
     step_s: float = 0.0
     dies_after: list[int] = field(default_factory=list)
     stalls_after: list[int] = field(default_factory=list)
     lies: bool = False
+    wont_tokenize: int = 0
     boot: int = 0
     deterministic: bool = False
     _thawed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -143,7 +145,10 @@ class ToyInstance(Machine):
     async def _route(self, asked: Asked, line: Line) -> None:
         await self._thawed.wait()
         path = asked.path.split("?")[0]
-        if path == "/tokenize":
+        if path == "/tokenize" and self.wont_tokenize:
+            self.wont_tokenize -= 1
+            line.cut()
+        elif path == "/tokenize":
             await line.answer({"tokens": self._tokenize(asked.json)})
         elif path == "/server_info":
             await line.answer({"enable_deterministic_inference": self.deterministic})
