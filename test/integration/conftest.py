@@ -9,6 +9,7 @@ A test that kills or floods something starts its own with ``harness.launch_clust
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import subprocess
 import sys
@@ -28,6 +29,13 @@ def _make(module: str, folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, timeout=_MAKE_LIMIT_S)
     assert result.returncode == 0, result.stderr
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_left_open() -> Iterator[None]:
+    """A connection that a test forgot is told of at the end of its file, not of the whole run."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

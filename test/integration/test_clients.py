@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -19,10 +20,11 @@ PREAMBLE = "You are a careful librarian. Answer in few words. " * 6
 
 
 @pytest.fixture
-def client(cluster: RunningCluster) -> openai.OpenAI:
-    return openai.OpenAI(
+def client(cluster: RunningCluster) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(
         base_url=f"{cluster.url}/v1", api_key="none", timeout=REQUEST_LIMIT_S, max_retries=0
-    )
+    ) as client:
+        yield client
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import anthropic
 import openai
 import pytest
 import requests
+from anthropic.types import MessageParam
 from integration.harness import REQUEST_LIMIT_S, RunningCluster, Server
 
 pytestmark = pytest.mark.integration
@@ -47,7 +48,8 @@ def both(cluster: RunningCluster, stock: Server, ask: Ask) -> tuple[Any, Any]:
 
     def of(url: str) -> Any:
         try:
-            return ask(sdk(url))
+            with sdk(url) as client:
+                return ask(client)
         except openai.APIStatusError as error:
             return error.status_code, error.response.json()
 
@@ -145,7 +147,8 @@ def test_chats(cluster: RunningCluster, stock: Server, fields: dict[str, Any]) -
 
 
 def test_a_schema_is_kept(cluster: RunningCluster, stock: Server) -> None:
-    answer, _ = chat(response_format=COLOUR)(sdk(cluster.url))
+    with sdk(cluster.url) as client:
+        answer, _ = chat(response_format=COLOUR)(client)
     assert answer[0][2] in ('"red"', '"blue"')
 
 
@@ -219,36 +222,39 @@ def test_embeddings_of_a_model_that_has_none_are_a_clear_error(
 
 def test_messages(cluster: RunningCluster, stock: Server) -> None:
     def whole(url: str) -> Any:
-        answer = anthropic_client(url).messages.create(
-            model="default",
-            max_tokens=10,
-            extra_body={"temperature": 0},
-            system="Be brief.",
-            messages=[{"role": "user", "content": TEXT}],
-        )
+        with anthropic_client(url) as client:
+            answer = client.messages.create(
+                model="default",
+                max_tokens=10,
+                extra_body={"temperature": 0},
+                system="Be brief.",
+                messages=[{"role": "user", "content": TEXT}],
+            )
         return [block.text for block in answer.content if block.type == "text"], answer.usage
 
     def streamed(url: str) -> str:
-        with anthropic_client(url).messages.stream(
-            model="default",
-            max_tokens=10,
-            extra_body={"temperature": 0},
-            system="Be brief.",
-            messages=[{"role": "user", "content": TEXT}],
-        ) as stream:
+        with (
+            anthropic_client(url) as client,
+            client.messages.stream(
+                model="default",
+                max_tokens=10,
+                extra_body={"temperature": 0},
+                system="Be brief.",
+                messages=[{"role": "user", "content": TEXT}],
+            ) as stream,
+        ):
             return "".join(stream.text_stream)
+
+    def counted(url: str) -> int:
+        messages: list[MessageParam] = [{"role": "user", "content": TEXT}]
+        with anthropic_client(url) as client:
+            return client.messages.count_tokens(model="default", messages=messages).input_tokens
 
     ours, theirs = whole(cluster.url), whole(stock.url)
     assert ours[0] == theirs[0]
     assert ours[1].output_tokens == theirs[1].output_tokens
     assert streamed(cluster.url) == "".join(ours[0])
-    counts = [
-        anthropic_client(url)
-        .messages.count_tokens(model="default", messages=[{"role": "user", "content": TEXT}])
-        .input_tokens
-        for url in (cluster.url, stock.url)
-    ]
-    assert counts[0] == counts[1] > len(TEXT)
+    assert counted(cluster.url) == counted(stock.url) > len(TEXT)
 
 
 def test_responses(cluster: RunningCluster, stock: Server) -> None:
