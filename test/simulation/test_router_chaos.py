@@ -241,14 +241,14 @@ class World:
             self.answered += 1
 
     async def tree_is_exact(self, router: RouterProcess) -> None:
-        """Every page of every instance, and no other."""
-        held = {
-            instance.url: {str(key) for key in instance.held_keys()} for instance in self.instances
-        }
-        seen: object = None
+        """Every page of every instance, and no other, once those that were frozen have finished
+        what they were at."""
+        held: dict[str, set[str]] = {}
+        seen: dict[str, set[str]] = {}
         try:
             async with aiohttp.ClientSession() as http, asyncio.timeout(WAIT_S):
-                while seen != held:
+                while not held or seen != held:
+                    held = {one.url: set(map(str, one.held_keys())) for one in self.instances}
                     async with http.get(f"{router.url}/memserve/tree") as response:
                         tree = await response.json()
                     seen = {url: set() for url in held}
@@ -257,7 +257,9 @@ class World:
                             seen.setdefault(url, set()).update(node["keys"])
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            assert seen == held, f"seed {self.seed}"
+            missing = {url: len(keys - seen.get(url, set())) for url, keys in held.items()}
+            surplus = {url: len(keys - held.get(url, set())) for url, keys in seen.items()}
+            raise AssertionError(f"seed {self.seed}: {missing=} {surplus=}") from None
 
 
 def request(source: random.Random) -> tuple[str, dict[str, Any]]:
