@@ -34,8 +34,9 @@ fuzz: setup  ## the random tests again and again with new cases, until one fails
 	@for round in $$(seq $(or $(ROUNDS),10)); do \
 		echo "round $$round"; env -u CI $(PY) -m pytest -q test/property $(ARGS) || exit 1; done
 
-chaos: setup  ## the router under random kills and cuts (SEEDS=4)
-	@MEMSERVE_CHAOS=$(or $(SEEDS),4) $(PY) -m pytest -q test/simulation/test_router_chaos.py $(ARGS)
+chaos: setup  ## random kills, freezes and restarts: simulated, then a real cluster (SEEDS=40)
+	@MEMSERVE_CHAOS=$(or $(SEEDS),40) $(PY) -m pytest -q -rA \
+		test/simulation/test_router_chaos.py test/integration/test_chaos.py $(ARGS)
 
 lint: setup  ## ruff with its safe fixes
 	@$(PY) -m ruff check --fix .

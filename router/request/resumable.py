@@ -53,6 +53,10 @@ class Unresumable(Exception):
     """The stream cannot go on elsewhere; one line that says why."""
 
 
+class OnlyAnew(Unresumable):
+    """It cannot go on from its tokens; running the request anew may give the same text."""
+
+
 def is_greedy(request: Request) -> bool:
     params = sampling(request)
     temperature = params.get("temperature")

@@ -25,7 +25,7 @@ from ..prompt.tokenize import AskEngine
 from .forward import Forwarding
 from .patience import PAUSES_S, Patience
 from .prepare import Preparation
-from .resumable import Unresumable, all_generated, continued_body, is_greedy
+from .resumable import OnlyAnew, Unresumable, all_generated, continued_body, is_greedy
 from .streams import Continuation, Diverged, Stream
 from .turn import Prepared, Turn
 
@@ -63,6 +63,7 @@ class Resumption:
         turn.book(None)
         why: Exception = failure
         patience = Patience()
+        anew = False
         for _ in range(self._attempts + len(PAUSES_S)):
             if turn.live.aborted:
                 break
@@ -72,11 +73,17 @@ class Resumption:
                     await turn.client.end_stream()
                     self._metrics.resumes.labels("finished").inc()
                     return
-                await self._once(turn, stream)
+                await self._once(turn, stream, anew)
             except NoInstance as error:
                 why = error
                 if not await patience.again(turn):
                     break
+                continue
+            except OnlyAnew as error:
+                why = error
+                if anew or not is_greedy(turn.request):
+                    break
+                anew = True
                 continue
             except (Unresumable, Diverged) as error:
                 why = error
@@ -94,12 +101,16 @@ class Resumption:
         logger.warning("%s could not go on: %s", turn.client.request_id, why)
         await turn.client.break_off(f"{failure}; it could not go on elsewhere: {why}")
 
-    async def _once(self, turn: Turn, stream: Stream) -> None:
-        so_far = stream.so_far()
+    async def _once(self, turn: Turn, stream: Stream, anew: bool) -> None:
+        """``anew``: its tokens cannot be told, so that all of it is generated once more, and the
+        client gets what it lacks."""
+        so_far = Continuation("", ()) if anew else stream.so_far()
         ids = await self._ids(so_far)
         turn.prompt_ids = turn.prompt_ids or await self._preparation.prompt_ids(turn.request)
         # Where nothing is left but to say so, the plan is for who can tell that it is true.
         over = so_far.ids is None and all_generated(turn.request, len(ids))
+        if over and all_generated(turn.request, len(ids) - 1):
+            raise OnlyAnew("its text has more tokens than were asked for")
         body = continued_body(turn.request, turn.prompt_ids, ids[:-1] if over else ids)
         again = Turn(
             turn.route,
@@ -181,7 +192,7 @@ class Resumption:
         body.update({name: one for name, one in zip(names, namespace, strict=True) if one})
         answer = await self._upstream.call("POST", f"{target}/generate", body, deadline_s=CONFIRM_S)
         if not _is_greedy_path(answer, ids):
-            raise Unresumable("its tokens cannot be told from its text")
+            raise OnlyAnew("its tokens cannot be told from its text")
 
     async def _require_seeds(self, target: InstanceId) -> None:
         """Raises Unresumable where the engine ignores seeds, PeerError."""

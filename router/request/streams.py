@@ -23,7 +23,7 @@ import orjson
 from sglang_memserve.errors import PeerError
 
 from ..prompt.bodies import Request, Route
-from .resumable import Unresumable, sampling, stop_strings
+from .resumable import OnlyAnew, Unresumable, sampling, stop_strings
 
 GAP = b"\n\n"
 CRLF_GAP = b"\r\n\r\n"
@@ -65,13 +65,14 @@ class Stream(Protocol):
         should not have ended."""
 
     def so_far(self) -> Continuation:
-        """Where it may go on. Raises Unresumable."""
+        """Where it may go on. Raises OnlyAnew, Unresumable."""
 
     def conclude(self, prompt_tokens: int, tokens: int) -> bytes:
         """What says that the text so far was all, ``tokens`` being as many as were asked for."""
 
     def go_on(self, ids: Sequence[int]) -> None:
-        """From now on ``feed`` gets what follows the prompt and ``ids``."""
+        """From now on ``feed`` gets what follows the prompt and ``ids``. Without ids it gets
+        everything anew, and what the client has is compared and left out."""
 
 
 def make_stream(request: Request) -> Stream:
@@ -163,7 +164,11 @@ class _Framed(ABC):
         """The next instance looks for stop strings in its own text only."""
         for stop in self._stops:
             if any(text.endswith(stop[:length]) for length in range(1, len(stop) + 1)):
-                raise Unresumable("it broke off in what may be a stop string")
+                raise OnlyAnew("it broke off in what may be a stop string")
+
+    def _may_stop(self, text: str) -> bool:
+        """Whether a stop string begins with ``text``."""
+        return any(stop.startswith(text) for stop in self._stops)
 
     @abstractmethod
     def _observe(self, frame: bytes) -> None: ...
@@ -203,6 +208,8 @@ class GenerateStream(_Framed):
         self._last = b""
         # (tokens, where the text ends in the frame) of the last two frames whose text had grown.
         self._growth: list[tuple[int, int]] = []
+        # Where a text that has not grown ends; None before a frame that may not have.
+        self._floor: int | None = len(_TEXT)
         self._seam: _Seam | None = None
         self._caught_up = True
 
@@ -218,7 +225,9 @@ class GenerateStream(_Framed):
         start = end + len(_IDS)
         close = frame.find(b"]", start)
         tokens = frame.count(b",", start, close) + 1 if close > start else 0
-        if end > (self._growth[-1][1] if self._growth else len(_TEXT)):
+        if self._floor is None:
+            self._floor = end
+        elif end > (self._growth[-1][1] if self._growth else self._floor):
             self._growth = [*self._growth[-1:], (tokens, end)]
         self._last = frame
 
@@ -261,21 +270,24 @@ class GenerateStream(_Framed):
         prompt = new.meta.get("prompt_tokens", 0) - len(seam.base_ids)
         self._require(prompt == seen.meta.get("prompt_tokens", prompt), "another prompt")
         self._require(ids[:shared] == seen.ids[:shared], "other tokens")
-        if len(ids) < len(seen.ids) or len(text) < len(seen.text):
-            finished = new.meta.get("finish_reason") is not None
+        finished = new.meta.get("finish_reason") is not None
+        # The engine takes back what it has shown of a stop string.
+        cut = finished and seen.text.startswith(text) and self._may_stop(seen.text[len(text) :])
+        if len(ids) < len(seen.ids) or (len(text) < len(seen.text) and not cut):
             self._require(not finished, "it ended before where the first one was")
             self._require(seen.text.startswith(text), "other text")
             return None
-        self._require(text.startswith(seen.text), "other text")
+        self._require(cut or text.startswith(seen.text), "other text")
         meta = dict(new.meta)
         meta["completion_tokens"] = new.meta.get("completion_tokens", 0) + len(seam.base_ids)
         for name in ("id", "prompt_tokens", "cached_tokens", "cached_tokens_details"):
             if name in seen.meta:
                 meta[name] = seen.meta[name]
         if not self._caught_up:
-            # From here on the places of growth are those in our own frames.
+            # From here on the places of growth are those in our own frames. Whether the text grew
+            # just with this one is not known.
             self._caught_up = True
-            self._growth = []
+            self._growth, self._floor = [], None
         return {**value, "text": text, "output_ids": ids, "meta_info": meta}
 
     @staticmethod
@@ -297,6 +309,8 @@ class OpenAIStream(_Framed):
         self._ended = False
         self._usage_seen = False
         self._skipped_tokens = 0
+        # Text of a continuation that the client has already.
+        self._repeated = ""
 
     @property
     def finished(self) -> bool:
@@ -346,6 +360,7 @@ class OpenAIStream(_Framed):
 
     def go_on(self, ids: Sequence[int]) -> None:
         self._skipped_tokens = len(ids)
+        self._repeated = "" if ids else "".join(self._parts)
         self._start_joining()
 
     def _require_end(self) -> None:
@@ -357,10 +372,27 @@ class OpenAIStream(_Framed):
             raise Diverged(f"refused to continue: {str(value)[:200]}")
         if self._first and _is_role_only(value["choices"]):
             return None
+        has_had = self._repeated or self._ended
+        if has_had and value["choices"] and not self._leave_out(value["choices"][0]):
+            return None
         usage = value.get("usage")
         if isinstance(usage, dict):
             _count_in(usage, self._skipped_tokens)
         return {**value, **self._first}
+
+    def _leave_out(self, choice: dict[str, Any]) -> bool:
+        """Take out of a frame what the client has; whether something is left. Raises Diverged."""
+        said, name = (choice["delta"], "content") if "delta" in choice else (choice, "text")
+        text = said.get(name) or ""
+        known = min(len(text), len(self._repeated))
+        if text[:known] != self._repeated[:known]:
+            raise Diverged("does not continue as it began: other text")
+        self._repeated = self._repeated[known:]
+        finished = choice.get("finish_reason") is not None
+        if finished and self._repeated and not self._may_stop(self._repeated):
+            raise Diverged("does not continue as it began: it ended before where the first one was")
+        said[name] = text[known:]
+        return not self._ended and (bool(said[name]) or finished)
 
 
 def _is_role_only(choices: Sequence[Mapping[str, Any]]) -> bool:

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ import requests
 from sglang_memserve.cluster import probe
 from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.cluster.process import Command, GuardedProcess
+from sglang_memserve.protocol.events import BlockStored, decode_snapshot
+from sglang_memserve.types import Tier
 
 # Half a minute on an idle machine; less than the limit of a test in pyproject.toml.
 START_LIMIT_S = 420.0
@@ -59,7 +61,7 @@ class RunningCluster:
 
 
 @contextmanager
-def _environment() -> Iterator[dict[str, str]]:
+def process_environment() -> Iterator[dict[str, str]]:
     """Of processes that end with the block: what they leave in their temporary folder goes too.
 
     SGLang leaves its sockets' files there, however it ends. The folder's path is short, as the
@@ -69,7 +71,7 @@ def _environment() -> Iterator[dict[str, str]]:
         yield {**os.environ, "HF_HUB_OFFLINE": "1", "TMPDIR": name}
 
 
-def _module(name: str, *arguments: str) -> tuple[str, ...]:
+def module_command(name: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", f"sglang_memserve.{name}", *arguments)
 
 
@@ -109,7 +111,7 @@ def launch_cluster(
     ``launch_cluster`` (``--router-arg=...``) and of every instance. Logs go to ``folder``."""
     (port,) = free_ports(1, taken=set())
     told = folder / "ready.json"
-    argv = _module(
+    argv = module_command(
         "launch_cluster",
         *("--model-path", str(model), "--port", str(port)),
         *("--prefill", str(prefill), "--decode", str(decode), "--both", str(both)),
@@ -117,7 +119,7 @@ def launch_cluster(
         *("--startup-timeout", str(START_LIMIT_S - 10), *flags),
     )
     with (
-        _environment() as environment,
+        process_environment() as environment,
         GuardedProcess(
             Command("cluster", argv, environment, folder / "cluster.log"), grace_s=_END_LIMIT_S
         ) as process,
@@ -151,13 +153,13 @@ def launch_server(
     with."""
     (port,) = free_ports(1, taken=set())
     log = folder / f"{name}.log"
-    argv = _module(
+    argv = module_command(
         "launch_server",
         *("--model-path", str(model), "--role", role, "--port", str(port), *flags),
     )
     url = f"http://127.0.0.1:{port}"
     with (
-        _environment() as environment,
+        process_environment() as environment,
         GuardedProcess(Command(name, argv, environment, log)) as process,
     ):
         _await_ready(process, lambda: probe.instance_stage(url) is probe.Stage.UP)
@@ -171,9 +173,9 @@ def launch_router(
     (port,) = free_ports(1, taken=set())
     log = folder / f"{name}.log"
     url = f"http://127.0.0.1:{port}"
-    argv = _module("router", "--port", str(port), *flags)
+    argv = module_command("router", "--port", str(port), *flags)
     with (
-        _environment() as environment,
+        process_environment() as environment,
         GuardedProcess(Command(name, argv, environment, log)) as process,
     ):
         _await_ready(process, lambda: probe.router_answers(url))
@@ -218,13 +220,52 @@ def generate(
 
 def stats(server: Server) -> dict[str, float]:
     """``/memserve/stats``, summed over the ranks."""
-    response = requests.get(f"{server.url}/memserve/stats", timeout=10)
+    return stats_of(server.url)
+
+
+def stats_of(url: str) -> dict[str, float]:
+    response = requests.get(f"{url}/memserve/stats", timeout=10)
     response.raise_for_status()
     total: dict[str, float] = {}
     for rank in response.json()["ranks"]:
         for name, value in rank.items():
             total[name] = total.get(name, 0.0) + value
     return total
+
+
+def held_pages(url: str) -> dict[Tier, set[int]]:
+    """Short keys of the pages that an instance says it holds; over several ranks, those that every
+    rank holds."""
+    response = requests.get(f"{url}/memserve/snapshot", timeout=10)
+    response.raise_for_status()
+    held: dict[Tier, set[int]] = {tier: set() for tier in Tier}
+    for event in decode_snapshot(response.content).events:
+        assert isinstance(event, BlockStored)
+        held[Tier(event.medium)].update(event.block_hashes)
+    return held
+
+
+def believed_pages(router: str, instance: str) -> dict[Tier, set[int]]:
+    """Short keys of the pages that a router's tree has an instance hold."""
+    response = requests.get(f"{router}/memserve/tree", timeout=10)
+    response.raise_for_status()
+    tree = response.json()
+    assert not tree["truncated"]
+    known: dict[Tier, set[int]] = {tier: set() for tier in Tier}
+    for node in tree["nodes"]:
+        for tier in node["holders"].get(instance, ()):
+            known[Tier[tier.upper()]].update(map(int, node["keys"]))
+    return known
+
+
+def await_agreement(router: str, instances: Iterable[str], limit_s: float) -> None:
+    """Until the router's tree is the union of the instances' snapshots, tier by tier."""
+    for url in instances:
+        wait_until(
+            lambda url=url: held_pages(url) == believed_pages(router, url),  # type: ignore[misc]
+            limit_s,
+            f"the tree of {router} agrees with {url}",
+        )
 
 
 def flush(url: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import pytest
 import requests
@@ -17,12 +16,13 @@ from integration.harness import (
     Answer,
     RunningCluster,
     Server,
+    await_agreement,
     generate,
+    held_pages,
     stats,
     wait_until,
 )
 from sglang_memserve.hashing import namespace_seed, page_keys
-from sglang_memserve.protocol.events import BlockStored, decode_snapshot
 from sglang_memserve.types import Tier
 
 pytestmark = pytest.mark.integration
@@ -67,37 +67,13 @@ def fetch(holder: Server, receiver: Server, ids: list[int], seed: bytes | None =
     return result
 
 
-def snapshot(server: Server) -> dict[Tier, set[int]]:
-    """Pages that the server says it holds."""
-    response = requests.get(f"{server.url}/memserve/snapshot", timeout=10)
-    response.raise_for_status()
-    held: dict[Tier, set[int]] = {tier: set() for tier in Tier}
-    for event in decode_snapshot(response.content).events:
-        assert isinstance(event, BlockStored)
-        held[Tier(event.medium)].update(event.block_hashes)
-    return held
-
-
-def believed(cluster: RunningCluster, server: Server) -> dict[Tier, set[int]]:
-    """Pages that the router's tree has the server hold."""
-    response = requests.get(f"{cluster.url}/memserve/tree", timeout=10)
-    response.raise_for_status()
-    tree = response.json()
-    assert not tree["truncated"]
-    known: dict[Tier, set[int]] = {tier: set() for tier in Tier}
-    for node in tree["nodes"]:
-        for tier in node["holders"].get(server.url, ()):
-            known[Tier[tier.upper()]].update(map(int, node["keys"]))
-    return known
-
-
 def short_keys(ids: list[int], seed: bytes | None = None) -> list[int]:
     return [int.from_bytes(key[:8], "big", signed=True) for key in page_keys(ids, PAGE, seed)]
 
 
 def readable(server: Server, ids: list[int], seed: bytes | None = None) -> int:
     """Leading pages of ``ids`` in the server's MemPool."""
-    held = snapshot(server)[Tier.DRAM]
+    held = held_pages(server.url)[Tier.DRAM]
     keys = short_keys(ids, seed)
     return next((index for index, key in enumerate(keys) if key not in held), len(keys))
 
@@ -260,17 +236,14 @@ def test_tree_equals_what_instances_hold(cluster: RunningCluster, prompt: list[i
     moved = requests.post(f"{decode.url}/memserve/swap_out", json=body, timeout=REQUEST_LIMIT_S)
     assert moved.status_code == 200 and moved.json()["moved_pages"] > 0, moved.text
 
-    def agree(server: Server) -> bool:
-        return snapshot(server) == believed(cluster, server)
-
+    await_agreement(cluster.url, [server.url for server in cluster.instances], 15)
     for server in cluster.instances:
-        wait_until(partial(agree, server), 15, f"tree agrees with {server.name}")
-        assert all(snapshot(server).values()), f"{server.name} holds nothing in some tier"
+        assert all(held_pages(server.url).values()), f"{server.name} holds nothing in some tier"
         assert stats(server)["device_watch_lost_total"] == 0
     # The pages that other prompts share stay.
     gone = set(short_keys(prompts[0])[moved.json()["hbm_pages"] :])
-    assert not gone & snapshot(decode)[Tier.HBM], "what left HBM is told of"
-    assert gone <= snapshot(decode)[Tier.DRAM]
+    assert not gone & held_pages(decode.url)[Tier.HBM], "what left HBM is told of"
+    assert gone <= held_pages(decode.url)[Tier.DRAM]
     tenant = namespace_seed(None, "tree")
-    in_hbm = set().union(*(snapshot(server)[Tier.HBM] for server in cluster.instances))
+    in_hbm = set().union(*(held_pages(server.url)[Tier.HBM] for server in cluster.instances))
     assert set(short_keys(prompts[1], tenant)) <= in_hbm, "a tenant's keys are page keys"

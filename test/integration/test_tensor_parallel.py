@@ -7,7 +7,6 @@ is told to fetch, the other is not.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,15 +19,16 @@ from integration.harness import (
     REQUEST_LIMIT_S,
     RunningCluster,
     Server,
+    await_agreement,
     flush,
     generate,
+    held_pages,
     launch_cluster,
     launch_server,
     wait_until,
 )
 from sglang_memserve.hashing import page_keys
 from sglang_memserve.protocol import control
-from sglang_memserve.protocol.events import BlockStored, decode_snapshot
 from sglang_memserve.types import Tier
 
 pytestmark = pytest.mark.integration
@@ -95,39 +95,13 @@ def shorts(prompt: list[int]) -> set[int]:
     return {int.from_bytes(key[:8], "big", signed=True) for key in page_keys(prompt, PAGE)}
 
 
-def held(server: Server, tier: Tier = Tier.DRAM) -> set[int]:
-    """Pages that every rank of the server holds."""
-    response = requests.get(f"{server.url}/memserve/snapshot", timeout=10)
-    response.raise_for_status()
-    return {
-        key
-        for event in decode_snapshot(response.content).events
-        if isinstance(event, BlockStored) and Tier(event.medium) is tier
-        for key in event.block_hashes
-    }
-
-
-def believed(cluster: RunningCluster, server: Server, tier: Tier = Tier.DRAM) -> set[int]:
-    """Pages that the router's merged tree says the server holds."""
-    response = requests.get(f"{cluster.url}/memserve/tree", timeout=10)
-    response.raise_for_status()
-    return {
-        int(key)
-        for node in response.json()["nodes"]
-        if tier.name.lower() in node["holders"].get(server.url, ())
-        for key in node["keys"]
-    }
+def held(server: Server) -> set[int]:
+    """Pages in DRAM that every rank of the server holds."""
+    return held_pages(server.url)[Tier.DRAM]
 
 
 def router_agrees(cluster: RunningCluster) -> None:
-    for server, tier in itertools.product(cluster.instances, Tier):
-        wait_until(
-            lambda server=server, tier=tier: (  # type: ignore[misc]
-                believed(cluster, server, tier) == held(server, tier)
-            ),
-            LIMIT_S,
-            f"the router's tree agrees with {server.name}",
-        )
+    await_agreement(cluster.url, [server.url for server in cluster.instances], LIMIT_S)
 
 
 def rank_socket(server: Server, rank: int) -> str:

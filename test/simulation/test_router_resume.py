@@ -199,16 +199,45 @@ def test_other_tokens_are_never_passed_off_as_the_rest(path: str) -> None:
     go(scenario())
 
 
-def test_text_of_other_tokens_is_not_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario() -> None:
-        class Unsure(ToyInstance):
-            def _tokenize(self, body: dict[str, Any]) -> list[int]:
-                ids = super()._tokenize(body)
-                return ids if "messages" in body or body["prompt"] == PROMPT else ids[::-1]
+class Unsure(ToyInstance):
+    """What it makes of a text is not what the text was made of: bytes that are no UTF-8, say."""
 
-        instances = [Unsure(dies_after=[9]), Unsure(dies_after=[9])]
-        async with router_over(*instances) as router:
-            got = await frames(router, "/v1/completions", asked("/v1/completions"))
-            assert "cannot be told from its text" in got[-1]["error"]["message"]
+    def _tokenize(self, body: dict[str, Any]) -> list[int]:
+        ids = super()._tokenize(body)
+        return ids if "messages" in body or body["prompt"] == PROMPT else (ids * 9)[::-1]
+
+
+@pytest.mark.parametrize("path", list(ASKED)[1:])
+@pytest.mark.parametrize("deaths", [[9], [1, 20], [25, 3], [29, 29]], ids=str)
+def test_a_stream_whose_tokens_cannot_be_told_is_generated_anew(
+    path: str, deaths: list[int]
+) -> None:
+    async def scenario() -> None:
+        instances = [Unsure(dies_after=[after]) for after in deaths]
+        async with router_over(*instances, Unsure()) as router:
+            body = asked(path)
+            for _ in range(len(deaths) + 1):  # whoever has its turn
+                assert told(path, await frames(router, path, body)) == expected(path, body)
+            assert not any(one.dies_after for one in instances)
+
+    go(scenario())
+
+
+@pytest.mark.parametrize("path", list(ASKED)[1:])
+def test_text_of_other_tokens_is_not_passed_off_as_the_rest(path: str) -> None:
+    async def scenario() -> None:
+        dying, liar = Unsure(dies_after=[20]), Unsure(lies=True)
+        async with router_over(dying) as router:
+            await liar.start()
+            work = asyncio.create_task(frames(router, path, asked(path)))
+            await dying.wait_for(path)
+            await router.post("/workers", {"url": liar.url})
+            got = await work
+            await liar.stop()
+            assert not dying.dies_after
+            if "error" in got[-1]:
+                assert "does not continue as it began" in got[-1]["error"]["message"]
+            else:
+                assert told(path, got) == expected(path, asked(path))
 
     go(scenario())
