@@ -38,7 +38,6 @@ from ..cost.learned import CostModel
 from ..values import InstanceView, Plan, Prompt
 from .base import (
     Rotation,
-    cached_pages,
     can_hand_over,
     decode_candidates,
     load_of,
@@ -77,11 +76,13 @@ _T = TypeVar("_T")
 class _Site(NamedTuple):
     """One instance, and how it would get the whole prompt.
 
+    ``own_pages``: what it has itself; ``held_pages``: with what it fetches or waits for.
     ``start_s``: when it can begin to compute, of which ``queue_s`` is its queue; ``wait_s``: until
     the source has the pages; ``token_s``: of one token more."""
 
     view: InstanceView
     source: InstanceId | None
+    own_pages: int
     held_pages: int
     queue_s: float
     start_s: float
@@ -106,11 +107,12 @@ class _Offer(NamedTuple):
 
 
 class _Decode(NamedTuple):
-    """What decoding at an instance costs, however the prompt gets there."""
+    """What decoding at an instance costs, however the prompt gets there: ``own_s``, of which all
+    but the tail is named."""
 
     site: _Site
     missing_pages: int
-    tail_s: float
+    own_s: float
     tail_delay_s: float
     load_s: float
     room_s: float
@@ -147,12 +149,15 @@ class Cost:
         able = [view for view in views if view.role.can_prefill and view.can_fetch]
         prefilling = rotated(able, turn)
         sources = self._offers(prompt, self._sources(prompt, views))
-        sites = {view.id: self._site(prompt, view, sources) for view in (*decoding, *prefilling)}
-        decodes = [self._decode(prompt, sites[view.id]) for view in decoding]
+        whole = usable_pages(prompt)
+        sites = {
+            view.id: self._site(prompt, whole, view, sources) for view in (*decoding, *prefilling)
+        }
+        decodes = [self._decode(prompt, whole, sites[view.id]) for view in decoding]
         options = []
         relayed: list[_Decode] = []
         for decode in decodes:
-            must, may = self._bypass_rule(prompt, decode.site)
+            must, may = self._bypass_rule(prompt, whole, decode.site)
             others = decode.site.view.can_fetch and decode.missing_pages > 0
             others = others and any(view.id != decode.site.view.id for view in prefilling)
             if may or not others:
@@ -163,14 +168,14 @@ class Cost:
         listed = _shortlist(relayed, _least_decode_s)
         least_s = min((option.total_s for option in options), default=inf)
         for prefill in _shortlist(prefills, self._prefill_s):
-            least_prefill_s = self._least_via_s(prompt, prefill)
+            least_prefill_s = self._least_via_s(whole, prefill)
             for decode in listed:
                 if decode.site.view.id == prefill.view.id:
                     continue
-                if least_prefill_s + decode.tail_s + decode.load_s > least_s + _tie_s(least_s):
+                if least_prefill_s + decode.own_s > least_s + _tie_s(least_s):
                     continue
                 if can_hand_over(prompt, prefill.view, decode.site.view):
-                    options.append(self._via(prompt, prefill, decode))
+                    options.append(self._via(whole, prefill, decode))
                     least_s = min(least_s, options[-1].total_s)
         return options or [self._bypass(decode) for decode in decodes]
 
@@ -186,14 +191,14 @@ class Cost:
         if len(holders) <= SOURCES:
             return holders
         whole = usable_pages(prompt)
-        return nsmallest(
-            SOURCES,
+        ranked = sorted(
             rotated(holders, self.rotation.turn),
             key=lambda view: (
                 -min(max(view.match.movable_pages, view.coming_pages), whole),
                 view.coming_s if view.coming_pages else 0.0,
             ),
         )
+        return ranked[:SOURCES]
 
     def _offers(self, prompt: Prompt, sources: Sequence[InstanceView]) -> list[_Offer]:
         """Longest first: most others then need no closer look."""
@@ -208,10 +213,12 @@ class Cost:
                 offers.append(_Offer(view.id, coming, wait_s, *_rest(prompt, coming)))
         return sorted(offers, key=lambda offer: -offer.pages)
 
-    def _site(self, prompt: Prompt, view: InstanceView, offers: Sequence[_Offer]) -> _Site:
-        """The fastest way to the whole prompt at ``view``: computing, or fetching from one."""
+    def _site(
+        self, prompt: Prompt, whole: int, view: InstanceView, offers: Sequence[_Offer]
+    ) -> _Site:
+        """The fastest way to the whole prompt at ``view``: computing, or fetching from one.
+        ``whole``: its usable pages."""
         fixed, linear, attention = self.costs.prefill_theta(view.id)
-        whole = usable_pages(prompt)
         queue_s = view.queue_s
         if view.waiting_requests:
             queue_s += self.costs.predict_request_s(view.id) * view.waiting_requests
@@ -240,18 +247,19 @@ class Cost:
                 start_s, compute_s = max(queue_s, wait_s + fetch_s), rest_s
         new, area = _rest(prompt, whole)
         tail_s = fixed + linear * new + attention * area
-        return _Site(view, source, held, queue_s, start_s, compute_s, linear, tail_s, waited_s)
+        times = (queue_s, start_s, compute_s, linear, tail_s, waited_s)
+        return _Site(view, source, own, held, *times)
 
-    def _decode(self, prompt: Prompt, site: _Site) -> _Decode:
+    def _decode(self, prompt: Prompt, whole: int, site: _Site) -> _Decode:
         view = site.view
         load_s = RUNNING_TOKENS * site.token_s * view.running_requests
-        missing = usable_pages(prompt) - cached_pages(prompt, view)
-        room_s = self._room_s(prompt, view) if view.total_tokens > 0 else 0.0
+        room_s = self._room_s(prompt, whole, view) if view.total_tokens > 0 else 0.0
         delay_s = self._delay_s(view, site.tail_s)
-        return _Decode(site, missing, site.tail_s, delay_s, load_s, room_s)
+        own_s = site.tail_s + load_s + room_s + delay_s
+        return _Decode(site, whole - site.own_pages, own_s, delay_s, load_s, room_s)
 
-    def _room_s(self, prompt: Prompt, view: InstanceView) -> float:
-        held = min(view.match.hbm_pages, usable_pages(prompt)) * prompt.page_size
+    def _room_s(self, prompt: Prompt, whole: int, view: InstanceView) -> float:
+        held = min(view.match.hbm_pages, whole) * prompt.page_size
         used = view.total_tokens - view.free_tokens + prompt.tokens - held
         over = (used / view.total_tokens - ROOMY_SHARE) / (1 - ROOMY_SHARE)
         return over * self.costs.predict_prefill_s(view.id, prompt.tokens, 0) if over > 0 else 0.0
@@ -265,12 +273,12 @@ class Cost:
     def _prefill_s(self, site: _Site) -> float:
         return site.ready_s + self._delay_s(site.view, site.compute_s)
 
-    def _bypass_rule(self, prompt: Prompt, site: _Site) -> tuple[bool, bool]:
+    def _bypass_rule(self, prompt: Prompt, whole: int, site: _Site) -> tuple[bool, bool]:
         """Whether the decode instance must, and whether it may, compute the rest itself."""
         if self.bypass_tokens is None:
             return False, True
         rest = prompt.tokens - site.held_pages * prompt.page_size
-        must = rest <= self.bypass_tokens or site.held_pages == usable_pages(prompt)
+        must = rest <= self.bypass_tokens or site.held_pages == whole
         return must, must
 
     # -- the options --
@@ -280,9 +288,9 @@ class Cost:
         delay_s = self._delay_s(site.view, site.compute_s)
         return _Option(site.ready_s + decode.load_s + decode.room_s + delay_s, decode)
 
-    def _via(self, prompt: Prompt, prefill: _Site, decode: _Decode) -> _Option:
+    def _via(self, whole: int, prefill: _Site, decode: _Decode) -> _Option:
         pair = prefill.view.id, decode.site.view.id
-        if cached_pages(prompt, prefill.view) == usable_pages(prompt):
+        if prefill.own_pages == whole:
             # Nothing is computed there that moving could go along with.
             compute_s, start_s = 0.0, 0.0
             move_s = self.costs.predict_transfer_s(*pair, decode.missing_pages)
@@ -290,14 +298,13 @@ class Cost:
             compute_s, start_s = prefill.compute_s, prefill.start_s
             move_s = self.costs.predict_tail_s(*pair, decode.missing_pages)
         arrives_s = start_s + compute_s + HOP_S + move_s
-        total_s = max(arrives_s, decode.site.queue_s)
-        total_s += decode.tail_s + decode.load_s + decode.room_s
-        total_s += self._delay_s(prefill.view, compute_s) + decode.tail_delay_s
+        total_s = max(arrives_s, decode.site.queue_s) + decode.own_s
+        total_s += self._delay_s(prefill.view, compute_s)
         return _Option(total_s, decode, prefill, move_s)
 
-    def _least_via_s(self, prompt: Prompt, prefill: _Site) -> float:
+    def _least_via_s(self, whole: int, prefill: _Site) -> float:
         """What a prompt takes over ``prefill`` at least, before anything moves."""
-        if cached_pages(prompt, prefill.view) == usable_pages(prompt):
+        if prefill.own_pages == whole:
             return HOP_S
         return prefill.ready_s + HOP_S + self._delay_s(prefill.view, prefill.compute_s)
 
@@ -340,12 +347,12 @@ class Cost:
         )
 
     def _relay(self, prompt: Prompt, prefill: _Site, decode: _Decode, move_s: float) -> Plan:
-        computes = cached_pages(prompt, prefill.view) < usable_pages(prompt)
+        computes = prefill.own_pages < usable_pages(prompt)
         terms = _ready_terms(prefill) if computes else {"queue": 0.0, "fetch": 0.0, "compute": 0.0}
         terms["move"] = HOP_S + move_s
         # The decode instance works off its own queue meanwhile.
         terms["decode_queue"] = max(0.0, decode.site.queue_s - sum(terms.values()))
-        terms["tail"] = decode.tail_s
+        terms["tail"] = decode.site.tail_s
         terms["load"], terms["room"] = decode.load_s, decode.room_s
         delay_s = self._delay_s(prefill.view, terms["compute"]) + decode.tail_delay_s
         _add_up(terms, delay_s)
@@ -373,7 +380,8 @@ def _shortlist(among: Sequence[_T], seconds: Callable[[_T], float]) -> Sequence[
     each = [seconds(one) for one in among]
     grid = _tie_s(min(each))
     ranks = [int(one / grid) for one in each]
-    return [among[at] for at in nsmallest(SHORTLIST, range(len(among)), key=ranks.__getitem__)]
+    # Sorting is quicker than a heap in Python, for as many as there are.
+    return [among[at] for at in sorted(range(len(among)), key=ranks.__getitem__)[:SHORTLIST]]
 
 
 def _rest(prompt: Prompt, pages: int) -> tuple[int, float]:
@@ -413,7 +421,7 @@ def _ms(terms: dict[str, float]) -> str:
 
 def _least_decode_s(decode: _Decode) -> float:
     """What decoding there costs at least. Pages that are there need not move."""
-    return max(decode.site.queue_s, 0.0) + decode.tail_s + decode.load_s + decode.room_s
+    return max(decode.site.queue_s, 0.0) + decode.own_s - decode.tail_delay_s
 
 
 def _option_load(option: _Option) -> tuple[int, int]:
