@@ -37,6 +37,8 @@ from starlette.routing import Route as Mount
 from .config import RouterConfig
 from .control.aliases import Aliases
 from .control.drain import Leaving
+from .control.everywhere import PATHS as EVERYWHERE
+from .control.everywhere import Everywhere
 from .control.explain import Explain
 from .control.fleet import Control
 from .control.openapi import describe
@@ -215,7 +217,8 @@ async def _assemble(
         max_body_bytes=most,
     )
     aliases = Aliases(instances, most)
-    app = _application(dispatcher, control, members, workers, aliases, explain, rest)
+    everywhere = Everywhere(instances, upstream, most)
+    app = _application(dispatcher, control, everywhere, members, workers, aliases, explain, rest)
     app.router.routes[:0] = [
         APIRoute(path, handler, methods=methods, response_model=None, include_in_schema=False)
         for path, handler, methods in watching.open(instances, tree, source_states)
@@ -226,6 +229,7 @@ async def _assemble(
 def _application(
     dispatcher: Dispatcher,
     control: Control,
+    everywhere: Everywhere,
     members: Members,
     workers: Workers,
     aliases: Aliases,
@@ -268,6 +272,14 @@ def _application(
     )
     for path, handler, methods in paths:
         app.add_api_route(path, handler, methods=methods, response_model=None)
+    for path in EVERYWHERE:
+        app.add_api_route(
+            path,
+            everywhere.ask,
+            methods=[*get, *post],
+            response_model=None,
+            include_in_schema=False,
+        )
     app.router.routes.append(Mount("/{path:path}", rest))
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return app

@@ -1,6 +1,7 @@
 """Routes beside inference: for operators, instances and people who look. In dependency order:
 
 ``fleet``         health, metrics, and what goes to all instances: flush, abort
+``everywhere``    SGLang's routes that change an instance: all of them
 ``registration``  instances that come and go, workers an operator adds, the tree
 ``drain``         ending well
 ``workers``       one worker's role and end
