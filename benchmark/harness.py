@@ -39,6 +39,7 @@ BENCHMARKS = (
     ("micro/transfer.py", "micro-transfer.json"),
     ("micro/first_fetch.py", "micro-first-fetch.json"),
     ("micro/router_overhead.py", "micro-router-overhead.json"),
+    ("router/restart.py", "router-restart.json"),
     # With --peer it also measures sglang-router.
     ("router/service.py", "router-service-alone.json"),
     ("serving/moved_prefix.py", "serving-moved-prefix.json"),
