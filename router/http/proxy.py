@@ -42,6 +42,11 @@ class Deadlines:
     total_s: float = 3600.0
 
 
+# What is asked there holds prompts and salts, and engines like to quote what they refuse: their
+# words would come into logs and to whoever asks how an instance is.
+_WITH_PROMPTS = frozenset({"/generate", "/tokenize"})
+
+
 class Refused(PeerError):
     """An instance answered, and not with success; ``status`` is its HTTP status."""
 
@@ -178,9 +183,8 @@ class Upstream:
         async with self.exchange(method, url, body, deadline_s=deadline_s) as response:
             data = await _read_all(response, max_bytes)
             if not 200 <= response.status < 300:
-                raise Refused(
-                    response.status, f"{url} answered {response.status}: {_excerpt(data)}"
-                )
+                said = "" if URL(url).path in _WITH_PROMPTS else f": {_excerpt(data)}"
+                raise Refused(response.status, f"{url} answered {response.status}{said}")
         try:
             return orjson.loads(data) if data else None
         except orjson.JSONDecodeError as error:
@@ -205,6 +209,8 @@ class Upstream:
                     target,
                     headers=headers,
                     data=data,
+                    # What an instance is asked is for nobody else, and nobody else may answer.
+                    allow_redirects=False,
                     timeout=aiohttp.ClientTimeout(
                         total=deadline_s, sock_connect=min(deadline_s, self._deadlines.connect_s)
                     ),

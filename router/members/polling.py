@@ -103,7 +103,9 @@ class Poller:
     async def _get(self, url: str) -> tuple[int, bytes]:
         timeout = aiohttp.ClientTimeout(total=ASK_S)
         try:
-            async with self._session.get(url, headers=self._headers, timeout=timeout) as response:
+            async with self._session.get(
+                url, headers=self._headers, timeout=timeout, allow_redirects=False
+            ) as response:
                 return response.status, await _bounded(response)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise PeerUnreachable(f"{url}: {error or type(error).__name__}") from error

@@ -105,7 +105,8 @@ class LiveRequests:
             ) as response:
                 await response.read()
         except PeerError as error:
-            logger.info("%s could not be told to abort %s: %s", instance, rid, error)
+            # Quoted: a client chose it, and must not write lines of its own here.
+            logger.info("%s could not be told to abort %r: %s", instance, rid, error)
 
     async def close(self) -> None:
         """Let the last aborts go out. An instance that takes longer is frozen: nobody waits."""

@@ -113,7 +113,9 @@ def _cached_tokens(answer: object) -> int:
             raise ProtocolError("prefill answered without meta_info")
         finish = meta.get("finish_reason")
         if isinstance(finish, dict) and finish.get("type") == "abort":
-            raise ProtocolError(f"prefill was aborted: {finish.get('message')}")
+            raise ProtocolError("prefill was aborted")
         cached = meta.get("cached_tokens", 0)
-        total += cached if isinstance(cached, int) else 0
+        if not isinstance(cached, int) or cached < 0:
+            raise ProtocolError("prefill answered without a number of cached_tokens")
+        total += cached
     return total

@@ -283,6 +283,9 @@ class GenerateStream(_Framed):
         for name in ("id", "prompt_tokens", "cached_tokens", "cached_tokens_details"):
             if name in seen.meta:
                 meta[name] = seen.meta[name]
+        reason = meta.get("finish_reason")
+        if isinstance(reason, dict) and type(reason.get("length")) is int:
+            meta["finish_reason"] = {**reason, "length": reason["length"] + len(seam.base_ids)}
         if not self._caught_up:
             # From here on the places of growth are those in our own frames. Whether the text grew
             # just with this one is not known.

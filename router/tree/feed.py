@@ -111,7 +111,9 @@ class Feed:
         timeout = aiohttp.ClientTimeout(total=SNAPSHOT_S)
         body = bytearray()
         try:
-            async with self._session.get(url, headers=self._headers, timeout=timeout) as response:
+            async with self._session.get(
+                url, headers=self._headers, timeout=timeout, allow_redirects=False
+            ) as response:
                 if response.status != 200:
                     raise PeerError(f"{url} answered {response.status}")
                 async for chunk in response.content.iter_any():

@@ -61,7 +61,6 @@ def meaning(route: Route, frames: list[Any]) -> Any:
         last = frames[-1]
         meta = {k: v for k, v in last["meta_info"].items() if k != "id"}
         reason = dict(meta.pop("finish_reason"))
-        reason.pop("length", None)
         assert len({frame["meta_info"]["id"] for frame in frames}) == 1
         return last["text"], last["output_ids"], meta, reason
     assert len({frame["id"] for frame in frames}) == 1

@@ -20,7 +20,7 @@ Errors are ``{"error": {"message", "type", "code"}}``.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
@@ -29,6 +29,8 @@ from ..types import Namespace
 from . import UNDECODABLE
 
 _T = TypeVar("_T")
+# What is counted and added up by whoever reads it.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 def decode(data: bytes, kind: type[_T], what: str) -> _T:
@@ -186,12 +188,12 @@ class SourceResult(msgspec.Struct, frozen=True):
 class FetchResult(msgspec.Struct, frozen=True):
     """As ``control.FetchReply``; over several ranks the least pages, the sum of bytes."""
 
-    requested_pages: int
-    present_pages: int
-    readable_pages: int
-    fetched_pages: int
-    fetched_bytes: int
-    seconds: float
+    requested_pages: Count
+    present_pages: Count
+    readable_pages: Count
+    fetched_pages: Count
+    fetched_bytes: Count
+    seconds: Annotated[float, msgspec.Meta(ge=0, le=1e9)]
     outcome: str
     sources: list[SourceResult] = []
 
