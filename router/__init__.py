@@ -11,6 +11,7 @@ One folder a noun. In dependency order (``test/architecture`` holds them to it):
 ``members/``     the instances
 ``metrics/``     what is counted
 ``request/``     the life of an inference request
+``simulate/``    the same decisions over instances that are not there
 ``control/``     every other route
 ``dashboard/``   the page at ``/dashboard``
 ``flags`` ``config``   the command line

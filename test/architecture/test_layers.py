@@ -33,6 +33,8 @@ ALLOWED: dict[str, frozenset[str]] = {
     "mempool": SAYING | {"index", "memory", "transfer", "pool"},
     "plugin": SAYING | {"mempool", "index", "memory", "transfer", "pool"},
     "router": SAYING | {"index"},
+    # An entry of the router's alone.
+    "simulate": SAYING | {"router"},
 }
 # Entries stand on top of everything, but the plugin and the router meet in none of them: they
 # start each other as processes.
@@ -55,6 +57,7 @@ ROUTER: dict[str, set[str]] = {
     "metrics": {"tree", "http", "members"},
     "request": _PURE | _TALK | {"members", "metrics"},
     "control": _PURE | _TALK | {"members", "metrics", "request"},
+    "simulate": _PURE | {"http", "members", "request"},
     "dashboard": _PURE | {"http", "members", "metrics", "request", "control"},
     "flags": set(),
     "config": {"flags", "policy", "http"},

@@ -1,0 +1,118 @@
+"""The KV cache of one instance: HBM pages, and MemPool's in DRAM.
+
+What is computed is written through to DRAM. A request takes all the HBM it will ever need when it
+is admitted (the engine knows how long the answer gets; a real one guesses and puts streams out
+when it guessed wrong), pins what it shares, and leaves its prompt's pages behind. HBM is evicted
+leaf first, least recently used, as SGLang does; DRAM by the policy that MemPool is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sglang_memserve.types import BlockId, Eviction, PageKey, Tier
+
+from .pages import Change, Pages
+
+Tell = Callable[[Tier, Sequence[PageKey], int, Change], None]
+"""Of a tier, a prompt's keys and where in them the pages begin that it now holds more; and pages
+that went."""
+
+
+@dataclass(slots=True)
+class Seat:
+    """One request's HBM. ``ready``: leading pages of ``keys`` that are in HBM. ``hbm_pages`` and
+    ``dram_pages``: where those were that were there when it was admitted."""
+
+    keys: Sequence[PageKey]
+    shared: list[BlockId]
+    private: list[BlockId]
+    ready: int
+    hbm_pages: int
+    dram_pages: int
+    left: bool = False
+
+
+class Memory:
+    """``tell`` hears of every change; it becomes the instance's events."""
+
+    def __init__(self, hbm_pages: int, dram_pages: int, eviction: Eviction, tell: Tell) -> None:
+        self.hbm = Pages(hbm_pages, Eviction.LRU)
+        self.dram = Pages(dram_pages, eviction)
+        self._tell = tell
+
+    def leading(self, keys: Sequence[PageKey]) -> int:
+        """How many of ``keys`` a request here would find."""
+        hbm = self.hbm.index.leading(keys)
+        return hbm + self.dram.index.leading(keys[hbm:])
+
+    def admit(self, keys: Sequence[PageKey], pages: int, given: int = 0) -> Seat | None:
+        """Room for ``pages`` pages, of which the first are ``keys``; None while there is none.
+
+        ``given`` of ``keys`` have come from elsewhere: they are in HBM as soon as it has a place.
+        """
+        hbm, dram = self.hbm.index, self.dram.index
+        shared = hbm.match(keys)
+        held = len(shared)
+        hbm.pin(shared)
+        if pages - held > self.hbm.available:
+            hbm.unpin(shared)
+            return None
+        hbm.touch(shared)
+        private, removed = self.hbm.take(pages - held)
+        loaded = dram.match(keys[held:])
+        dram.touch(loaded)
+        seat = Seat(keys, shared, private, held, held, len(loaded))
+        if removed:
+            self._tell(Tier.HBM, keys, 0, Change((), removed))
+        self._into_hbm(seat, max(held + len(loaded), given))
+        return seat
+
+    def computed(self, seat: Seat, pages: int) -> None:
+        """The first ``pages`` of its prompt are in HBM now."""
+        before = seat.ready
+        self._into_hbm(seat, pages)
+        if pages > before:
+            self.keep(seat.keys, before, pages)
+
+    def keep(self, keys: Sequence[PageKey], start: int, end: int) -> None:
+        """Pages for DRAM: computed, or fetched."""
+        change = self.dram.store(keys, start, end)
+        if change.stored or change.removed:
+            first = keys.index(change.stored[0], start) if change.stored else 0
+            self._tell(Tier.DRAM, keys, first, change)
+
+    def leave(self, seat: Seat) -> None:
+        assert not seat.left
+        seat.left = True
+        self.hbm.index.unpin(seat.shared)
+        self.hbm.give(seat.private)
+
+    def _into_hbm(self, seat: Seat, pages: int) -> None:
+        index, keys, start = self.hbm.index, seat.keys, seat.ready
+        seat.ready = max(pages, start)
+        at = start
+        while at < pages:
+            # Another request may have computed the same meanwhile: then its page is shared, and
+            # the own copy stays private until the end.
+            block = index.get(keys[at])
+            if block is not None:
+                index.pin([block])
+                seat.shared.append(block)
+                at += 1
+                continue
+            stop = at + 1
+            while stop < pages and keys[stop] not in index:
+                stop += 1
+            blocks = [seat.private.pop() for _ in range(stop - at)]
+            self.hbm.publish(keys, at, stop, blocks)
+            index.pin(blocks)
+            seat.shared += blocks
+            self._tell(Tier.HBM, keys, at, Change(keys[at:stop], ()))
+            at = stop
+
+    def check(self) -> None:
+        self.hbm.check()
+        self.dram.check()
+        assert not self.dram.private, self.dram.private

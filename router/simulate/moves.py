@@ -1,0 +1,140 @@
+"""Pages from one instance's DRAM to another's: those that exist, and those being computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from sglang_memserve.types import PageKey
+
+from .agenda import Agenda, Alarm
+from .instance import Instance
+from .network import Network, Transfer
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """``readable``: leading pages that the target has now, ``moved`` of them brought here."""
+
+    readable: int
+    moved: int
+    seconds: float
+
+
+def fetch(
+    network: Network,
+    agenda: Agenda,
+    source: Instance,
+    target: Instance,
+    keys: Sequence[PageKey],
+    deadline: float,
+    then: Callable[[Fetched], None],
+) -> None:
+    """What ``source`` holds of ``keys`` and ``target`` lacks, all of it or nothing."""
+    have, there = source.movable(keys), target.memory.leading(keys)
+    began = agenda.now
+    if have <= there:
+        then(Fetched(there, 0, 0.0))
+        return
+
+    def arrived() -> None:
+        late.cancel()
+        target.memory.keep(keys, there, have)
+        then(Fetched(have, have - there, agenda.now - began))
+
+    def give_up() -> None:
+        transfer.cancel()
+        then(Fetched(there, 0, agenda.now - began))
+
+    size = (have - there) * target.page_bytes
+    transfer = network.begin(source.id, target.id, size, arrived)
+    late = agenda.at(deadline, give_up)
+
+
+class Following:
+    """``target`` fetches what ``source`` computes, as it is computed. ``then``, once, hears how
+    many pages it brought: when all has arrived, or the time to do so is over."""
+
+    def __init__(
+        self,
+        network: Network,
+        agenda: Agenda,
+        ends: tuple[Instance, Instance],
+        keys: Sequence[PageKey],
+        then: Callable[[int], None],
+    ) -> None:
+        self._network = network
+        self._agenda = agenda
+        self._source, self._target = ends
+        self._keys = keys
+        self._then: Callable[[int], None] | None = then
+        self._ready = 0
+        self._there = self._target.memory.leading(keys)
+        self.moved = 0
+        self._complete = False
+        self._transfer: Transfer | None = None
+        self._late: Alarm | None = None
+
+    def offer(self, pages: int) -> None:
+        """So many leading pages are ready at the source."""
+        self._ready = max(self._ready, pages)
+        self._go_on()
+
+    def complete(self, grace_s: float) -> None:
+        """Nothing more will come; what is on its way may take so long."""
+        self._complete = True
+        self._late = self._agenda.after(grace_s, self._give_up)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._transfer is not None or self._then is None:
+            return
+        end = self._movable(self._ready)
+        if end > self._there:
+            size = (end - self._there) * self._target.page_bytes
+            self._transfer = self._network.begin(
+                self._source.id, self._target.id, size, lambda: self._arrived(end)
+            )
+        elif self._complete:
+            self._end()
+
+    def _arrived(self, end: int) -> None:
+        self._transfer = None
+        self._keep(end)
+        self.moved += end - self._there
+        self._there = end
+        self._go_on()
+
+    def _movable(self, ready: int) -> int:
+        # Pages of the source that are in its HBM alone cannot be moved.
+        return min(ready, self._source.movable(self._keys))
+
+    def _keep(self, end: int) -> None:
+        self._target.memory.keep(self._keys, self._there, end)
+
+    def _give_up(self) -> None:
+        if self._transfer is not None:
+            self._transfer.cancel()
+        self._end()
+
+    def _end(self) -> None:
+        then, self._then = self._then, None
+        if self._late is not None:
+            self._late.cancel()
+        if then is not None:
+            then(self.moved)
+
+
+class Handing(Following):
+    """As SGLang's own disaggregation does it: straight from the source's HBM into slots that the
+    target keeps free for them. The source holds its pages until all of them are there."""
+
+    def complete(self, grace_s: float) -> None:
+        self._complete = True
+        self._go_on()
+
+    def _movable(self, ready: int) -> int:
+        return ready
+
+    def _keep(self, end: int) -> None:
+        """The request brings them along."""

@@ -1,0 +1,459 @@
+"""The simulator: traces and profiles as they are read, steps and transfers by hand, the command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+from sglang_memserve.errors import ConfigError
+from sglang_memserve.router.policy.cost import Cost
+from sglang_memserve.router.policy.prefix import Prefix
+from sglang_memserve.router.simulate import trace
+from sglang_memserve.router.simulate.agenda import Agenda
+from sglang_memserve.router.simulate.approximate import Approximate
+from sglang_memserve.router.simulate.command import main, parse_args, parse_shape
+from sglang_memserve.router.simulate.fleet import NAMES, Fleet, Terms
+from sglang_memserve.router.simulate.network import Network
+from sglang_memserve.router.simulate.profile import Decode, Link, Prefill, Profile, load, shipped
+from sglang_memserve.router.simulate.report import Served, spread
+from sglang_memserve.router.simulate.trace import Arrival
+from sglang_memserve.types import InstanceId, Role
+
+PLAIN = Profile(
+    name="plain",
+    model="m",
+    source="invented",
+    estimates=[],
+    kv_bytes_per_token=100,
+    hbm_tokens=10_000,
+    dram_bytes=10_000_000,
+    load_bytes_per_s=1e9,
+    hop_s=0.0,
+    prefill=Prefill(fixed_s=0.5, token_s=0.01, pair_s=0.0, chunk_tokens=100),
+    decode=Decode(fixed_s=1.0, stream_s=0.0, context_token_s=0.0, max_streams=8),
+    link=Link(latency_s=0.0, bytes_per_s=1000.0),
+)
+TERMS = Terms(page_tokens=10)
+
+
+def line(**changed: object) -> str:
+    told = {"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [1, 2]}
+    return json.dumps(told | changed)
+
+
+def trace_file(folder: Path, *lines: str) -> Path:
+    file = folder / "trace.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+# -- traces --
+
+
+def test_a_trace_begins_at_its_first_request_whatever_the_order(tmp_path: Path) -> None:
+    file = trace_file(tmp_path, line(timestamp=9000), "", line(timestamp=7000, session="s"))
+    first, second = trace.read(file)
+    assert (first.at_s, first.session) == (0.0, "s")
+    assert (second.at_s, second.prompt_tokens, second.output_tokens) == (2.0, 600, 5)
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ("{", "line 2: Input data was truncated"),
+        ("[]", "line 2: Expected `object`"),
+        (line(input_length="600"), "line 2: Expected `int`, got `str` - at `$.input_length`"),
+        (line(input_length=0), "line 2: input_length is 0"),
+        (line(output_length=0), "line 2: output_length is 0"),
+        (line(hash_ids=[1]), "line 2: 1 hash_ids for 600 tokens in blocks of 512"),
+        ('{"timestamp": 0}', "line 2: Object missing required field"),
+        (json.dumps("\udfff"), "line 2: "),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, bad: str, says: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        trace.read(trace_file(tmp_path, line(), bad))
+    assert says in str(raised.value)
+
+
+def test_an_empty_or_absent_trace_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no request"):
+        trace.read(trace_file(tmp_path, ""))
+    with pytest.raises(ConfigError, match="No such file"):
+        trace.read(tmp_path / "absent")
+
+
+def test_equal_blocks_at_the_beginning_are_equal_pages() -> None:
+    one = trace.keyed(Arrival(0.0, 1100, 1, (5, 6, 7)), 128).chains[0]
+    two = trace.keyed(Arrival(0.0, 1100, 1, (5, 6, 8)), 128).chains[0]
+    other = trace.keyed(Arrival(0.0, 1100, 1, (4, 6, 7)), 128).chains[0]
+    # 1,099 tokens can be cached: eight pages of 128, four of them a block.
+    assert len(one.keys) == 8 and one.keys == two.keys
+    assert not set(one.keys) & set(other.keys)
+    assert trace.keyed(Arrival(0.0, 512, 1, (5,)), 128).pages == 3
+
+
+def test_spreading_and_scaling_keep_every_request() -> None:
+    arrivals = [Arrival(float(number), 10, 1, (number,)) for number in range(50)]
+    later = trace.spread(arrivals, 3.0, seed=1)
+    assert later == trace.spread(arrivals, 3.0, seed=1) != trace.spread(arrivals, 3.0, seed=2)
+    assert {one.blocks for one in later} == {one.blocks for one in arrivals}
+    assert all(0 <= one.at_s - one.blocks[0] <= 3 for one in later)
+    assert [one.at_s for one in trace.at_rate(arrivals, 2.0)] == [one.at_s / 2 for one in arrivals]
+
+
+# -- profiles --
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_profile_says_where_it_is_from(name: str) -> None:
+    profile = load(name)
+    assert profile.name == name and profile.source and profile.estimates
+
+
+def test_a_profile_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    file.write_bytes(msgspec.json.encode(PLAIN))
+    assert load(str(file)) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"hbm_tokens": -1}, "hbm_tokens"),
+        ({"kv_bytes_per_token": 0}, "kv_bytes_per_token must be positive"),
+        ({"colour": "blue"}, "unknown field `colour`"),
+        ({"link": {"latency_s": 0.1}}, "bytes_per_s"),
+    ],
+)
+def test_a_wrong_profile_is_refused(tmp_path: Path, changed: dict[str, object], says: str) -> None:
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps(msgspec.to_builtins(PLAIN) | changed))
+    with pytest.raises(ConfigError, match=says):
+        load(str(file))
+
+
+def test_an_unknown_profile_names_those_that_are_known() -> None:
+    with pytest.raises(ConfigError, match="cpu-smollm2-135m"):
+        load("no-such-profile")
+
+
+# NVIDIA's table for Llama 3.3 70B FP8 on two H100, as the profile cites it: lengths of input and
+# output, tokens generated a second under full load.
+PUBLISHED = [
+    (128, 128, 6378),
+    (128, 2048, 6651),
+    (500, 2000, 5222),
+    (1000, 1000, 4205),
+    (1000, 2000, 4146),
+    (2048, 128, 762),
+    (2048, 2048, 3082),
+    (5000, 500, 898),
+    (20000, 2000, 437),
+]
+
+
+@pytest.mark.parametrize(("prompt", "output", "published"), PUBLISHED)
+def test_the_h100_profile_predicts_what_is_published(
+    prompt: int, output: int, published: int
+) -> None:
+    profile = load("h100-llama-70b")
+    context = prompt + output / 2
+    streams = profile.hbm_tokens / context
+    step_s = profile.decode.fixed_s + streams * (
+        profile.decode.stream_s + context * profile.decode.context_token_s
+    )
+    request_s = profile.prefill.tokens_s(prompt, 0) + output * step_s / streams
+    assert output / request_s == pytest.approx(published, rel=0.2)
+
+
+# -- what instances and the network do, by hand --
+
+
+def alone(profile: Profile, *requests: tuple[float, int, int], policy: str = "cost") -> Fleet:
+    """One instance; requests as (when, prompt tokens, output tokens), no two alike."""
+    fleet = Fleet(profile, [Role.BOTH], replace(TERMS, policy=policy))
+    for number, (at_s, prompt, output) in enumerate(requests):
+        keyed = trace.keyed(Arrival(at_s, prompt, output, (number,)), 10, block_tokens=1000)
+        fleet.submit(at_s, keyed, output)
+    fleet.run()
+    fleet.check()
+    return fleet
+
+
+def test_a_prompt_is_computed_in_chunks_and_a_stream_gets_a_token_a_step() -> None:
+    # 250 tokens: chunks of 100, 100 and 50; then four steps.
+    served = alone(PLAIN, (0.0, 250, 5)).served[0]
+    assert served.ttft_s == pytest.approx(3 * 0.5 + 2.5)
+    assert served.jct_s == pytest.approx(4.0 + 4)
+    assert served.tpot_s == pytest.approx(1.0)
+    assert served.computed_tokens == 250
+
+
+def test_a_prompt_waits_for_the_step_under_way_and_then_stops_the_streams() -> None:
+    # The stream's steps end at 1.5 + 1, + 2, ...; the prompt comes in the second of them.
+    first, second = alone(PLAIN, (0.0, 100, 5), (3.0, 50, 1)).served
+    assert first.ttft_s == pytest.approx(1.5)
+    assert second.ttft_s == pytest.approx(0.5 + 0.5 + 0.5)
+    # Four steps, and one second of the other's prefill between them.
+    assert first.jct_s == pytest.approx(1.5 + 4 + 1.0)
+
+
+def test_steps_grow_with_streams_and_context() -> None:
+    decode = Decode(fixed_s=1.0, stream_s=0.1, context_token_s=0.001, max_streams=8)
+    profile = msgspec.structs.replace(PLAIN, decode=decode)
+    served = alone(profile, (0.0, 100, 4)).served[0]
+    assert served.jct_s - served.ttft_s == pytest.approx(3 * 1.1 + 0.001 * (100 + 101 + 102))
+
+
+def test_streams_wait_where_the_batch_or_the_memory_is_full() -> None:
+    few = Decode(fixed_s=1.0, stream_s=0.0, context_token_s=0.0, max_streams=1)
+    narrow = msgspec.structs.replace(PLAIN, decode=few)
+    small = msgspec.structs.replace(PLAIN, hbm_tokens=120)
+    for profile in (narrow, small):
+        first, second = alone(profile, (0.0, 100, 5), (0.0, 100, 5)).served
+        assert first.ended_s is not None and second.first_token_s is not None
+        assert second.first_token_s >= first.ended_s
+
+
+def test_what_does_not_fit_is_refused_and_told() -> None:
+    fleet = alone(PLAIN, (0.0, 9_999, 100), (0.0, 10, 1))
+    assert [one.refused for one in fleet.served] == [True, False]
+
+
+def test_a_frozen_or_slow_instance_is_late() -> None:
+    fleet = Fleet(PLAIN, [Role.BOTH], TERMS)
+    site = next(iter(fleet.sites.values()))
+    site.engine.frozen.append((1.0, 11.0))
+    keyed = trace.keyed(Arrival(0.0, 100, 3, (1,)), 10, block_tokens=1000)
+    served = fleet.submit(0.0, keyed, 3)
+    fleet.run()
+    assert served.ttft_s == pytest.approx(1.5 + 10) and served.jct_s == pytest.approx(13.5)
+    slow = Fleet(PLAIN, [Role.BOTH], TERMS)
+    next(iter(slow.sites.values())).engine.slowness = 3.0
+    served = slow.submit(0.0, keyed, 3)
+    slow.run()
+    assert served.jct_s == pytest.approx(3 * 3.5)
+
+
+def test_transfers_share_the_way_out_and_the_way_in() -> None:
+    agenda = Agenda()
+    network = Network(agenda, Link(latency_s=1.0, bytes_per_s=100.0))
+    ended: dict[str, float] = {}
+
+    def send(name: str, source: str, target: str, size: int) -> None:
+        def there() -> None:
+            ended[name] = agenda.now
+
+        network.begin(InstanceId(source), InstanceId(target), size, there)
+
+    send("one", "a", "b", 100)
+    send("two", "a", "c", 300)
+    send("beside", "d", "e", 100)
+    agenda.run()
+    # Half the way each until the first is there, then all of it.
+    assert ended == pytest.approx({"one": 3.0, "two": 5.0, "beside": 2.0})
+    assert network.moved_bytes == pytest.approx(500)
+    network.check()
+
+
+def test_a_cancelled_transfer_calls_nobody_and_makes_room() -> None:
+    agenda = Agenda()
+    network = Network(agenda, Link(latency_s=0.0, bytes_per_s=100.0))
+    ended: list[float] = []
+    a, b = InstanceId("a"), InstanceId("b")
+    network.begin(a, b, 300, lambda: ended.append(agenda.now))
+    lost = network.begin(a, b, 300, lambda: ended.append(-1.0))
+    never = network.begin(a, b, 300, lambda: ended.append(-1.0))
+    never.cancel()
+    agenda.at(2.0, lost.cancel)
+    agenda.run()
+    assert ended == [pytest.approx(4.0)] and not network.busy()
+
+
+def test_a_prefix_is_found_moved_and_loaded() -> None:
+    profile = msgspec.structs.replace(PLAIN, link=Link(latency_s=0.0, bytes_per_s=1e9))
+    fleet = Fleet(profile, [Role.PREFILL, Role.DECODE], replace(TERMS, bypass_tokens=0))
+    for at_s, tokens in ((0.0, 501), (100.0, 551)):
+        keyed = trace.keyed(Arrival(at_s, tokens, 2, (7,)), 10, block_tokens=1000)
+        fleet.submit(at_s, keyed, 2)
+    first, second = fleet.run()
+    fleet.check()
+    assert first.handed_over and first.computed_tokens == 501
+    # The last page is never whole: its token is computed where the stream is.
+    assert first.again_tokens == 1
+    assert second.computed_tokens <= 51
+    assert fleet.network.moved_bytes >= 50 * 10 * 100
+    p, d = fleet.sites.values()
+    assert p.memory.dram.index.leading([]) == 0
+    assert len(p.memory.dram.index) >= 50 <= len(d.memory.dram.index)
+
+
+# -- policies --
+
+
+def test_the_policies_are_the_routers_own() -> None:
+    assert type(Fleet(PLAIN, [Role.BOTH], replace(TERMS, policy="cost")).policy) is Cost
+    assert type(Fleet(PLAIN, [Role.BOTH], replace(TERMS, policy="prefix")).policy) is Prefix
+    peer = Fleet(PLAIN, [Role.BOTH], replace(TERMS, policy="approximate"))
+    assert type(peer.policy) is Approximate
+    with pytest.raises(ConfigError, match="round-robin"):
+        Fleet(PLAIN, [Role.BOTH], replace(TERMS, policy="nonsense"))
+
+
+def test_the_peer_goes_by_what_it_sent_and_not_by_what_is_there() -> None:
+    """The first prompt is pushed out of its instance; the peer sends its repetition there all the
+    same, the router that hears events knows better."""
+    small = msgspec.structs.replace(PLAIN, hbm_tokens=1000, dram_bytes=0)
+
+    def last_of(policy: str) -> tuple[Fleet, Served]:
+        fleet = Fleet(small, [Role.BOTH, Role.BOTH], replace(TERMS, policy=policy))
+        for number, block in enumerate((1, 2, 3, 4, 1)):
+            at_s = 100.0 * number
+            keyed = trace.keyed(Arrival(at_s, 999, 1, (block,)), 10, block_tokens=1000)
+            fleet.submit(at_s, keyed, 1)
+        return fleet, fleet.run()[-1]
+
+    fleet, last = last_of("approximate")
+    assert last.plan is not None and fleet.served[0].plan is not None
+    assert last.plan.decode == fleet.served[0].plan.decode
+    assert last.plan.held_pages == 99 and last.computed_tokens == 999
+    _, last = last_of("prefix")
+    assert last.plan is not None and last.plan.held_pages == 0
+
+
+def test_the_peer_leaves_a_worker_that_has_far_more_to_do() -> None:
+    fleet = Fleet(PLAIN, [Role.BOTH, Role.BOTH], replace(TERMS, policy="approximate"))
+    for number in range(200):
+        keyed = trace.keyed(Arrival(0.0, 999, 1, (1,)), 10, block_tokens=1000)
+        fleet.submit(number * 1e-3, keyed, 1)
+    fleet.run()
+    one, two = (site.decodes for site in fleet.sites.values())
+    assert one + two == 200 and min(one, two) > 30, (one, two)
+
+
+# -- the command --
+
+
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [("1P2D", "pdd"), ("3B", "bbb"), ("1p1D1B", "pdb"), ("2B1D", "bbd")],
+)
+def test_shapes(name: str, roles: str) -> None:
+    assert [role.value[0] for role in parse_shape(name).roles] == list(roles)
+
+
+@pytest.mark.parametrize("name", ["", "4", "4X", "0B", "4P", "9999B", "1P 1D", "P"])
+def test_wrong_shapes(name: str) -> None:
+    with pytest.raises(ConfigError, match="shape"):
+        parse_shape(name)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--policy cost,best", "best"),
+        ("--rate 0", "rate"),
+        ("--rate x", "rate"),
+        ("--requests 0", "requests"),
+        ("--spread -1", "spread"),
+        ("--until nan", "until"),
+        ("--heartbeat-s 0", "heartbeat"),
+        ("--page-tokens 100", "must divide"),
+        ("--dram 3parsecs", "3parsecs"),
+        ("--eviction mru", "mru"),
+        ("--profile nope", "nope"),
+        ("--decode 0", "nobody decodes"),
+    ],
+)
+def test_a_wrong_command_line_says_what_is_wrong(
+    words: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--trace", "t", *words.split()]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_three_numbers_are_a_shape() -> None:
+    words = ["--trace", "t", "--prefill", "0", "--decode", "0", "--both", "10"]
+    assert [shape.name for shape in parse_args(words).shapes] == ["10B"]
+
+
+def little_trace(folder: Path) -> Path:
+    """Forty turns of eight conversations, with a system prompt that all share."""
+    lines = []
+    for number in range(40):
+        talk, turn = number % 8, number // 8
+        hashes = [0, *(100 * (talk + 1) + block for block in range(2 + turn))]
+        tokens = 512 * len(hashes) - 100
+        lines.append(
+            line(
+                timestamp=number * 500,
+                input_length=tokens,
+                output_length=40,
+                hash_ids=hashes,
+                session=f"talk-{talk}",
+            )
+        )
+    return trace_file(folder, *lines)
+
+
+def test_a_trace_goes_through_every_policy_and_shape(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = little_trace(tmp_path), tmp_path / "out.json"
+    words = ["--trace", str(file), "--policy", ",".join(NAMES), "--shape", "1P1D,2B"]
+    assert main([*words, "--rate", "1,4", "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    told = json.loads(out.read_bytes())
+    assert len(told["results"]) == 2 * 2 * len(NAMES)
+    for one in told["results"]:
+        assert one["finished"] == one["requests"] == 40 and one["unfinished"] == 0
+        assert sum(one["tokens"].values()) == one["prompt_tokens"]
+        assert one["tokens"]["computed"] < one["prompt_tokens"]
+        assert f"{one['policy']}, {one['shape']}, {one['rate']:g} x" in shown
+    assert told["profile"]["name"] == "h100-llama-70b"
+    assert "TTFT mean" in shown
+
+
+def test_the_module_runs_and_stops_early(tmp_path: Path) -> None:
+    words = ["--trace", str(little_trace(tmp_path)), "--until", "4", "--requests", "30"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_memserve.simulate", *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "of 30 requests" in done.stdout and "(0 not finished" not in done.stdout
+
+
+def test_the_same_seed_gives_the_same_figures(tmp_path: Path) -> None:
+    file = little_trace(tmp_path)
+
+    def results(seed: int) -> object:
+        out = tmp_path / "out.json"
+        words = ["--trace", str(file), "--spread", "2", "--seed", str(seed), "--shape", "2P2D"]
+        assert main([*words, "--json", str(out)]) == 0
+        return json.loads(out.read_bytes())["results"]
+
+    assert results(1) == results(1) != results(2)
+
+
+def test_figures_that_cannot_be_written_are_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--trace", str(little_trace(tmp_path)), "--json", str(tmp_path)]
+    assert main(words) == 2
+    assert "--json" in capsys.readouterr().err
+
+
+def test_spreads_are_of_the_values_themselves() -> None:
+    assert spread([]).p99 == 0.0
+    whole = spread([float(value) for value in range(1, 101)])
+    assert (whole.mean, whole.p50, whole.p90, whole.p99) == (50.5, 50.0, 90.0, 99.0)
