@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import posixpath
+import re
 import secrets
 import ssl
 from collections.abc import Sequence
@@ -35,13 +36,15 @@ class Access(Enum):
     ADMIN = "admin"
 
 
-# Whole paths, not prefixes as in SGLang: what we do not know ourselves is passed on with the key.
+# Just what the router answers itself, to GET alone: all else may be passed on with its key.
 OPEN_PATHS = frozenset(
-    {"/health", "/health_generate", "/ready", "/readiness", "/liveness", "/metrics"}
+    {
+        *("/health", "/health_generate", "/ready", "/readiness", "/liveness", "/metrics"),
+        *("/dashboard", "/dashboard/"),
+    }
 )
-# The page, its scripts and styles hold no data; a browser cannot send a key with a navigation.
-OPEN_PAGES = "/dashboard"
-DASHBOARD_DATA = frozenset({"/dashboard/state", "/dashboard/tree", "/dashboard/events"})
+# Scripts and styles hold no data; a browser cannot send a key with a navigation.
+OPEN_FILE = re.compile(r"/dashboard/[a-z_-]+\.[a-z]+")
 CLIENTS_MEMSERVE = frozenset({"/memserve/tree", "/memserve/explain", "/memserve/models"})
 WORKER_PATHS = ("/workers", "/add_worker", "/remove_worker")
 # SGLang 0.5.23's routes of level ADMIN_OPTIONAL.
@@ -94,12 +97,12 @@ ENGINE_CONTROL_FOLDERS = ("/dumper/", "/hicache/")
 
 @functools.lru_cache(maxsize=1024)
 def access_of(method: str, path: str) -> Access:
-    """What a request for ``path`` (decoded) needs; spellings of one path are one path."""
-    path = "/" + posixpath.normpath(path).lstrip("/")
-    if path in OPEN_PATHS or path == OPEN_PAGES:
+    """What a request for ``path`` (decoded) needs. Open is one spelling; for all else the
+    spellings of a path are one path."""
+    if method == "GET" and (path in OPEN_PATHS or OPEN_FILE.fullmatch(path)):
         return Access.OPEN
-    if path.startswith(OPEN_PAGES + "/"):
-        return Access.CLIENT if path in DASHBOARD_DATA else Access.OPEN
+    # Starlette's routes match a path with one line end behind it too.
+    path = "/" + posixpath.normpath(path.removesuffix("\n")).lstrip("/")
     if is_engine_control(path):
         return Access.ADMIN
     if method not in ("GET", "HEAD") and any(

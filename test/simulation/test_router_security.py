@@ -13,12 +13,14 @@ from typing import Any
 import aiohttp
 import pytest
 from sglang_memserve.router.config import RouterConfig, StaticInstance
+from sglang_memserve.router.dashboard.routes import pages
 from sglang_memserve.router.http.listening import listen
 from sglang_memserve.router.http.security import Tls
 from sglang_memserve.router.processes.serving import serve
 from sglang_memserve.types import InstanceId, Role
 from simulation.router_machines import PAGE, WAIT_S, Machine, router_over
 from unit.certificates import Authority, Identity
+from yarl import URL
 
 PROMPT = list(range(1, 4 * PAGE + 2))
 
@@ -53,6 +55,75 @@ def test_the_admin_key_opens_what_the_api_key_does_not() -> None:
             passed = await router.post("/start_profile", {}, headers=bearer("admin"))
             assert passed.status == 200
             assert both.to("/start_profile")[0].headers["authorization"] == "Bearer admin"
+
+    go(scenario())
+
+
+OPEN = (
+    *("/health", "/health_generate", "/ready", "/readiness", "/liveness", "/metrics"),
+    *("/dashboard", "/dashboard/", *(f"/dashboard/{name}" for name in pages())),
+)
+CLOSED = (
+    *(f"{method} {path}" for path in OPEN for method in ("POST", "PUT", "DELETE", "HEAD")),
+    *(f"GET {path}{more}" for path in OPEN for more in ("/", "/a", "%0A", ";a")),
+    *(f"GET {folder}{path}" for path in OPEN for folder in ("/", "/.", "/a/..")),
+    *(
+        "GET /dashboard/a/b",
+        "POST /dashboard/x",
+        "POST /dashboard/state",
+        "GET /dashboard/state%0A",
+    ),
+    *("POST /dashboard/..;/generate", "GET /metrics/..;/generate", "GET /dashboard//a//generate"),
+    *("GET /dashboard/a/..%2f..%2fgenerate", "GET /dashboard/%252e%252e/server_info"),
+)
+
+
+async def keyless(url: str, line: str) -> int:
+    """The status of a request without a key, its path sent as it is written."""
+    port = int(url.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"{line} HTTP/1.1\r\nHost: r\r\nConnection: close\r\n\r\n".encode())
+    status = int((await asyncio.wait_for(reader.readline(), WAIT_S)).split()[1])
+    writer.close()
+    await writer.wait_closed()
+    return status
+
+
+def test_without_a_key_only_what_the_router_answers_itself_is_open() -> None:
+    async def scenario() -> None:
+        both = Machine(Role.BOTH)
+        async with router_over(both, api_key="api", admin_key="admin") as router:
+            for path in OPEN:
+                assert await keyless(router.url, f"GET {path}") == 200, path
+            open_too = {f"GET {path}" for path in OPEN}
+            for line in CLOSED:
+                if line not in open_too:
+                    assert await keyless(router.url, line) == 401, line
+        own = {"/memserve/info", "/memserve/stats", "/memserve/snapshot", "/memserve/peers"}
+        asked = {one.path.split("?")[0] for one in both.asked}
+        assert asked <= own | {"/v1/loads", "/health_generate"}
+
+    go(scenario())
+
+
+def test_no_spelling_of_an_operators_path_is_a_clients() -> None:
+    async def scenario() -> None:
+        both = Machine(Role.BOTH)
+        async with router_over(both, api_key="api", admin_key="admin") as router:
+            for path in (
+                "/flush_cache",
+                "/workers",
+                "/abort_request",
+                "/add_worker?url=http://a:1",
+            ):
+                where, _, query = path.partition("?")
+                for end in ("%0A", "/", "/.", "%2F"):
+                    url = URL(f"{router.url}{where}{end}?{query}", encoded=True)
+                    async with router.http.post(url, json={"url": "http://a:1"}) as refused:
+                        assert refused.status == 401, url
+            assert [
+                worker["url"] for worker in (await (await router.get("/workers")).json())["workers"]
+            ] == [both.url]
 
     go(scenario())
 
