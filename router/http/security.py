@@ -18,6 +18,7 @@ from enum import Enum
 from typing import Any
 
 from sglang_memserve.errors import ConfigError
+from sglang_memserve.protocol.access import key_for, needs_admin_key
 from starlette.middleware.cors import CORSMiddleware
 
 from . import headers as header
@@ -47,52 +48,6 @@ OPEN_PATHS = frozenset(
 OPEN_FILE = re.compile(r"/dashboard/[a-z_-]+\.[a-z]+")
 CLIENTS_MEMSERVE = frozenset({"/memserve/tree", "/memserve/explain", "/memserve/models"})
 WORKER_PATHS = ("/workers", "/add_worker", "/remove_worker")
-# SGLang 0.5.23's routes of level ADMIN_OPTIONAL.
-ENGINE_CONTROL = frozenset(
-    {
-        "/abort_request",
-        "/add_external_corpus",
-        "/begin_weight_update",
-        "/configure_logging",
-        "/continue_generation",
-        "/destroy_weights_update_group",
-        "/dump_expert_distribution_record",
-        "/end_weight_update",
-        "/flush_cache",
-        "/freeze_gc",
-        "/get_remote_instance_transfer_engine_info",
-        "/get_weights_by_name",
-        "/init_weights_send_group_for_remote_instance",
-        "/init_weights_update_group",
-        "/is_scaling_elastic_ep",
-        "/list_external_corpora",
-        "/load_lora_adapter",
-        "/load_lora_adapter_from_tensors",
-        "/pause_generation",
-        "/pd_role_switch",
-        "/release_memory_occupation",
-        "/remote_instance_transfer_engine_info",
-        "/remove_external_corpus",
-        "/resume_memory_occupation",
-        "/scale_elastic_ep",
-        "/send_weights_to_remote_instance",
-        "/set_internal_state",
-        "/set_trace_level",
-        "/slow_down",
-        "/start_expert_distribution_record",
-        "/start_profile",
-        "/stop_expert_distribution_record",
-        "/stop_profile",
-        "/unload_lora_adapter",
-        "/update_weight_version",
-        "/update_weights_from_disk",
-        "/update_weights_from_distributed",
-        "/update_weights_from_ipc",
-        "/update_weights_from_tensor",
-        "/weights_checker",
-    }
-)
-ENGINE_CONTROL_FOLDERS = ("/dumper/", "/hicache/")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -103,7 +58,7 @@ def access_of(method: str, path: str) -> Access:
         return Access.OPEN
     # Starlette's routes match a path with one line end behind it too.
     path = "/" + posixpath.normpath(path.removesuffix("\n")).lstrip("/")
-    if is_engine_control(path):
+    if needs_admin_key(path):
         return Access.ADMIN
     if method not in ("GET", "HEAD") and any(
         path == own or path.startswith(f"{own}/") for own in WORKER_PATHS
@@ -113,10 +68,6 @@ def access_of(method: str, path: str) -> Access:
     if path.startswith("/memserve/") and path not in CLIENTS_MEMSERVE:
         return Access.ADMIN
     return Access.CLIENT
-
-
-def is_engine_control(path: str) -> bool:
-    return path in ENGINE_CONTROL or path.startswith(ENGINE_CONTROL_FOLDERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +99,7 @@ class Keys:
 
     def towards(self, path: str) -> str | None:
         """What an instance is shown with a request for ``path``."""
-        if self.admin is not None and is_engine_control(path.rstrip("/")):
-            return self.admin
-        return self.api
+        return key_for(path, self.api, self.admin)
 
 
 def _bearer(raw_headers: header.RawHeaders) -> bytes | None:

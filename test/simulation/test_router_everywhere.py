@@ -7,8 +7,8 @@ from collections.abc import Coroutine
 from typing import Any
 
 import pytest
+from sglang_memserve.protocol.access import needs_admin_key
 from sglang_memserve.router.control.everywhere import PATHS
-from sglang_memserve.router.http.security import is_engine_control
 from sglang_memserve.types import Role
 from simulation.router_machines import Asked, Handler, Line, Machine, router_over
 
@@ -119,7 +119,7 @@ def test_without_an_instance_there_is_nobody_to_ask() -> None:
 
 
 def test_only_the_operator_may() -> None:
-    assert all(map(is_engine_control, PATHS))
+    assert all(map(needs_admin_key, PATHS))
 
     async def scenario() -> None:
         d = Machine(Role.BOTH, saying({}))

@@ -385,6 +385,9 @@ class InstanceAgent:
             data = await response.read()
             if response.status == 409:
                 raise ConfigError(_error_text(data))
+            if response.status == 401:
+                flag = "--admin-api-key" if self.admin_key else "--api-key"
+                raise PeerError(f"does not take this instance's {flag} (401)")
             if response.status != 200:
                 raise PeerError(f"answered {response.status}: {_error_text(data)}")
             return data

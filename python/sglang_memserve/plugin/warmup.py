@@ -10,9 +10,14 @@ import logging
 import time
 from enum import Enum
 from typing import Any
+from urllib.parse import urlsplit
 
 import requests
+from requests.auth import AuthBase
 from sglang.srt.server_args import ServerArgs
+
+from ..errors import MemServeError
+from ..protocol.access import key_for, needs_admin_key
 
 logger = logging.getLogger(__name__)
 
@@ -34,29 +39,56 @@ class Outcome(Enum):
 def warm_up(server_args: ServerArgs) -> Outcome:
     """Compute a few prompts and forget them. The reason of a failure is in the log."""
     url = server_args.url()
-    key = server_args.admin_api_key or server_args.api_key
     started = time.monotonic()
     with requests.Session() as session:
-        if key:
-            session.headers["Authorization"] = f"Bearer {key}"
+        session.auth = _Keys(server_args.api_key, server_args.admin_api_key)
         session.verify = server_args.ssl_ca_certs or not server_args.ssl_certfile
         try:
             info = _wait_for_model_info(session, url)
             if not info["is_generation"] or info.get("has_image_understanding"):
                 return Outcome.NOT_TEXT
             _compute_prompts(session, url, int(info.get("max_req_input_len") or 0))
-        except (requests.RequestException, TimeoutError, ValueError, KeyError) as error:
+        except (_Refused, requests.RequestException, TimeoutError, ValueError, KeyError) as error:
             logger.error("warm-up failed: %s", error)
             return Outcome.FAILED
     logger.info("warm-up took %.1f s", time.monotonic() - started)
     return Outcome.DONE
 
 
+class _Refused(MemServeError):
+    """Our own server does not let us in: waiting would not help."""
+
+
+class _Keys(AuthBase):
+    """Each route is shown the key that it asks for."""
+
+    def __init__(self, api: str | None, admin: str | None) -> None:
+        self._api = api
+        self._admin = admin
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        key = key_for(urlsplit(request.url or "").path, self._api, self._admin)
+        if key:
+            request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+
+def _require_let_in(response: requests.Response) -> requests.Response:
+    """Raises _Refused."""
+    if response.status_code in (401, 403):
+        path = urlsplit(response.url).path
+        raise _Refused(
+            f"{path} answers {response.status_code} to this server's own "
+            f"{'--admin-api-key' if needs_admin_key(path) else '--api-key'}"
+        )
+    return response
+
+
 def _wait_for_model_info(session: requests.Session, url: str) -> dict[str, Any]:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while True:
         try:
-            response = session.get(f"{url}/model_info", timeout=5)
+            response = _require_let_in(session.get(f"{url}/model_info", timeout=5))
             if response.status_code == 200:
                 info: dict[str, Any] = response.json()
                 return info
@@ -82,7 +114,8 @@ def _compute_prompts(session: requests.Session, url: str, longest: int) -> None:
             },
             "extra_key": _NAMESPACE,
         }
-        session.post(f"{url}/generate", json=body, timeout=_REQUEST_TIMEOUT_S).raise_for_status()
-    if not session.post(f"{url}/flush_cache", timeout=_REQUEST_TIMEOUT_S).ok:
+        answer = session.post(f"{url}/generate", json=body, timeout=_REQUEST_TIMEOUT_S)
+        _require_let_in(answer).raise_for_status()
+    if not _require_let_in(session.post(f"{url}/flush_cache", timeout=_REQUEST_TIMEOUT_S)).ok:
         # Somebody's request came before we were ready; these pages will be evicted in time.
         logger.info("the warm-up's pages stay cached because requests are running already")

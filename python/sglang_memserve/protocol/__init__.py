@@ -4,6 +4,7 @@
 ``position``   where a subscriber stands in such a stream
 ``handshake``  namespaces, layout hash, protocol version
 ``control``    rank to rank (hello, lease, release) and HTTP process to its ranks (fetch, stats)
+``access``     which of an instance's keys opens which of its routes
 ``http``       bodies of ``/memserve/*`` on instances and on the router
 """
 
