@@ -64,7 +64,7 @@ from .request.admission import Admission
 from .request.client import ClientGone, SlowBody
 from .request.dispatch import Dispatcher
 from .request.forward import Forwarding
-from .request.live import LiveRequests
+from .request.live import GivenRids, LiveRequests
 from .request.passthrough import Passthrough
 from .request.prepare import Preparation
 from .request.resume import Resumption
@@ -156,7 +156,8 @@ async def _assemble(
     stack.push_async_callback(newcomers.close)
     # Those that were answered a moment ago are here still.
     here = limits.max_in_flight + limits.max_waiting + JUST_ANSWERED
-    live = LiveRequests(upstream, here)
+    given = GivenRids.OURS_ALONE if config.processes == 1 else GivenRids.SHARED
+    live = LiveRequests(upstream, here, given)
     stack.push_async_callback(live.close)
     for listed in config.instances:
         instances.add_static(listed.url, listed.role)

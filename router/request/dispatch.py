@@ -36,7 +36,7 @@ from .admission import Admission
 from .client import Broken, Client, ClientGone, read_body, refusal, until_gone
 from .forward import Forwarding
 from .journal import Journal
-from .live import LiveRequests
+from .live import DuplicateRid, LiveRequests
 from .patience import PAUSES_S, Patience
 from .prepare import Preparation
 from .resumable import why_not
@@ -90,9 +90,11 @@ class Dispatcher:
             self._count(route, client)
             return
         try:
-            with self._live.enter(request.rid) as live:
+            with self._live.enter(request.rid, lambda: client.complete) as live:
                 turn = Turn(route, client, data, request, live, started)
                 await self._while_client_stays(turn, receive)
+        except DuplicateRid as error:
+            await client.reply(refusal(error))
         except LimitExceeded:
             await client.reply(replies.too_many("too many requests are here"))
         finally:
