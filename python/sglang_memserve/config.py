@@ -7,6 +7,7 @@ where ``InstanceConfig.from_json`` reads it again, once, and refuses anything it
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import secrets
 from collections.abc import Iterable
@@ -32,6 +33,8 @@ _UNITS = {
     "gb": 10**9,
     "tb": 10**12,
 }
+_LABEL = re.compile(r"[A-Za-z0-9_-]{1,63}")
+_MAX_NAME = 253
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?([a-zA-Z]*)")
 
 DEFAULT_DRAM = "2GiB"
@@ -211,7 +214,10 @@ def parse_dram(text: str, machine_bytes: int | None = None) -> int:
 
 
 def parse_url(text: str) -> str:
-    """An ``http(s)://host[:port]`` base URL without a trailing slash."""
+    """An ``http(s)://host[:port]`` base URL without a trailing slash.
+
+    The host is an address or a name that can be looked up, in ASCII (``xn--`` where it is not).
+    """
     try:
         parts = urlsplit(text)
         port = parts.port
@@ -221,4 +227,19 @@ def parse_url(text: str) -> str:
         raise ConfigError(f"malformed URL {text!r}: expected http://host:port")
     if parts.query or parts.fragment or parts.username is not None or parts.path not in ("", "/"):
         raise ConfigError(f"malformed URL {text!r}: expected only a scheme, a host and a port")
+    if not _is_host(parts.hostname):
+        raise ConfigError(
+            f"malformed URL {text!r}: {parts.hostname!r} is neither an address nor a host name "
+            "(labels of 1 to 63 ASCII letters, digits, - and _)"
+        )
     return f"{parts.scheme}://{parts.netloc}"
+
+
+def _is_host(text: str) -> bool:
+    if ":" in text:
+        try:
+            return bool(ipaddress.IPv6Address(text))
+        except ValueError:
+            return False
+    name = text.removesuffix(".")
+    return len(name) <= _MAX_NAME and all(map(_LABEL.fullmatch, name.split(".")))

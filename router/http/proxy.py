@@ -30,6 +30,8 @@ MAX_ERROR_BYTES = 4096
 MAX_JSON_BYTES = 16 * 2**20
 # uvicorn closes idle connections after 5 s; ours end first, so that we seldom race with it.
 IDLE_CONNECTION_S = 3.0
+# A name that cannot be looked up is a UnicodeError: getaddrinfo encodes it first.
+FAULTS = (aiohttp.ClientError, TimeoutError, OSError, UnicodeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +146,14 @@ class Upstream:
 
         Whatever the status is, it is an answer; raises PeerError when there is none.
         """
+        target = _target(url)
         deadline = time.monotonic() + self._deadlines.total_s
         response: aiohttp.ClientResponse | None = None
         try:
             async with asyncio.timeout(self._deadlines.total_s):
                 response = await self._session.request(
                     method,
-                    URL(url, encoded=True),
+                    target,
                     headers=list(headers),
                     data=body,
                     allow_redirects=False,
@@ -162,7 +165,7 @@ class Upstream:
         except BaseException as error:
             if response is not None:
                 response.close()
-            if isinstance(error, aiohttp.ClientError | TimeoutError | OSError):
+            if isinstance(error, FAULTS):
                 raise _peer_error(error) from error
             raise
         return Answer(response, first, deadline, self._deadlines.stall_s)
@@ -196,7 +199,7 @@ class Upstream:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """Any answer of an instance to a question of our own, all within the deadline."""
         data = body if isinstance(body, bytes) or body is None else orjson.dumps(body)
-        target = URL(url, encoded=True)
+        target = _target(url)
         key = self._keys.towards(target.path)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         if data is not None:
@@ -217,11 +220,19 @@ class Upstream:
                 ) as response,
             ):
                 yield response
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except FAULTS as error:
             raise _peer_error(error) from error
 
     async def close(self) -> None:
         await self._session.close()
+
+
+def _target(url: str) -> URL:
+    """Raises PeerUnreachable for what is no URL."""
+    try:
+        return URL(url, encoded=True)
+    except ValueError as error:
+        raise PeerUnreachable(f"{url}: {error}") from error
 
 
 async def _read(response: aiohttp.ClientResponse, deadline: float) -> bytes:
@@ -229,7 +240,7 @@ async def _read(response: aiohttp.ClientResponse, deadline: float) -> bytes:
     try:
         async with asyncio.timeout(max(deadline - time.monotonic(), 0.0)):
             return await response.content.readany()
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+    except FAULTS as error:
         raise _peer_error(error) from error
 
 
@@ -248,7 +259,7 @@ def _peer_error(error: Exception) -> PeerError:
     if isinstance(error, TimeoutError):
         return PeerUnreachable(f"no answer in time ({str(error) or 'deadline'})")
     text = str(error) or type(error).__name__
-    if isinstance(error, aiohttp.ClientConnectorError):
+    if isinstance(error, aiohttp.ClientConnectorError | UnicodeError):
         return PeerUnreachable(text)
     return PeerError(f"connection broke: {text}")
 

@@ -9,6 +9,7 @@ MemServe.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from sglang_memserve.protocol.http import Heartbeat, InstanceInfo, InstanceStats
 from sglang_memserve.types import InstanceId
 
 from .instances import Instances
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -53,11 +56,17 @@ class Poller:
                 await asyncio.sleep(min(self._interval_s, 1.0))
                 self._instances.expire()
                 for listed in [listed for listed, task in asking.items() if task.done()]:
-                    asking.pop(listed).result()
+                    self._ended(listed, asking.pop(listed))
         finally:
             for task in asking.values():
                 task.cancel()
             await asyncio.gather(*asking.values(), return_exceptions=True)
+
+    def _ended(self, listed: InstanceId, task: asyncio.Task[None]) -> None:
+        """A mistake of ours about one URL must not leave the others unasked."""
+        if (error := task.exception()) is not None:
+            logger.error("%s failed", task.get_name(), exc_info=error)
+            self._instances.unreachable(listed, f"{type(error).__name__}: {error}")
 
     async def ask(self, listed: InstanceId) -> None:
         """One round for one URL; what goes wrong becomes the member's last error."""
@@ -107,7 +116,8 @@ class Poller:
                 url, headers=self._headers, timeout=timeout, allow_redirects=False
             ) as response:
                 return response.status, await _bounded(response)
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            # ValueError: its URL cannot be parsed, or its host not looked up.
             raise PeerUnreachable(f"{url}: {error or type(error).__name__}") from error
 
 

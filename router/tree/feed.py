@@ -120,7 +120,8 @@ class Feed:
                     body += chunk
                     if len(body) > _MAX_SNAPSHOT_BYTES:
                         raise LimitExceeded(f"{url}: more than {_MAX_SNAPSHOT_BYTES} bytes")
-        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            # ValueError: its URL cannot be parsed, or its host not looked up.
             raise PeerUnreachable(f"{url}: {error or type(error).__name__}") from error
         return decode_snapshot(bytes(body))
 

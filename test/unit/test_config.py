@@ -65,6 +65,10 @@ def test_dram_must_fit_the_machine() -> None:
         ("http://host:80", "http://host:80"),
         ("https://host/", "https://host"),
         ("http://[::1]:3000", "http://[::1]:3000"),
+        ("http://10.0.0.1:80", "http://10.0.0.1:80"),
+        ("http://engine_1.kv-pool.:80", "http://engine_1.kv-pool.:80"),
+        ("http://xn--bcher-kva.example", "http://xn--bcher-kva.example"),
+        (f"http://{'a' * 63}.example", f"http://{'a' * 63}.example"),
     ],
 )
 def test_urls(text: str, url: str) -> None:
@@ -85,6 +89,17 @@ def test_urls(text: str, url: str) -> None:
         "http://h?q=1",
         "http://u@h",
         "http://[::1",
+        "http://[::g]:1",
+        "http://a..b:80",
+        "http://.:1",
+        f"http://{'a' * 64}.example",
+        f"http://{'a.' * 128}",
+        "http://b\u00fccher.example",
+        "http://a,b",
+        "http://a\\b:1",
+        "http://a b:1",
+        "http://a%00b:1",
+        "http://*:1",
     ],
 )
 def test_malformed_urls(text: str) -> None:

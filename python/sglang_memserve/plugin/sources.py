@@ -48,7 +48,8 @@ class Sources:
                 info = decode(await response.read(), InstanceInfo, f"{url}/memserve/info")
         except ProtocolError as error:
             raise PeerError(str(error)) from error
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            # ValueError: its URL cannot be parsed, or its host not looked up.
             text = f"{url}/memserve/info: {error or type(error).__name__}"
             raise PeerUnreachable(text) from error
         return [rank.peer_address for rank in info.ranks]
