@@ -29,8 +29,8 @@ NAME = "approximate"
 MATCH_SHARE = 0.3
 APART_REQUESTS = 64
 APART_RATIO = 1.5
-# 2**26 characters a worker, four to a token.
-WORKER_TOKENS = 2**24
+# 2**26 characters a worker: in tokens of four and pages of 128.
+WORKER_PAGES = 2**17
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Sent:
     def remember(self, instance: InstanceId, chain: Chain) -> None:
         pages = self._pages.get(instance)
         if pages is None:
-            pages = Pages(WORKER_TOKENS // self._page_tokens, Eviction.LRU)
+            pages = Pages(WORKER_PAGES, Eviction.LRU)
             self._pages[instance] = pages
         change = pages.store(chain.keys, 0, len(chain.keys))
         if change.removed:

@@ -143,17 +143,15 @@ class Journey:
         view = next(view for view in fleet.members.views({}) if view.id == prefill)
         if view.waiting_requests:
             fleet.spells.spoil(prefill)
-        computed_at = [fleet.agenda.now]
         found: list[Prefilled] = []
 
-        def handed_over(pages: int) -> None:
-            seconds = fleet.agenda.now - computed_at[0]
-            fleet.costs.observe_tail(prefill, decode.id, pages, seconds)
-            self._decode_pages = max(self._decode_pages, pages)
+        def handed_over(done: Fetched) -> None:
+            if not following.late:
+                fleet.costs.observe_tail(prefill, decode.id, done.moved, done.seconds)
+            self._decode_pages = max(self._decode_pages, done.readable)
             self._send()
 
         def done() -> None:
-            computed_at[0] = fleet.agenda.now
             self._learn(prefill, flight, found[0])
             predicted_s = fleet.costs.predict_prefill_s(decode.id, keyed.tokens, 0)
             limits = fleet.deadlines

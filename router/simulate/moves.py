@@ -52,8 +52,9 @@ def fetch(
 
 
 class Following:
-    """``target`` fetches what ``source`` computes, as it is computed. ``then``, once, hears how
-    many pages it brought: when all has arrived, or the time to do so is over."""
+    """``target`` fetches what ``source`` computes, as it is computed. ``then``, once, hears what
+    came of it, and how long it took after the last page was computed: when all has arrived, or the
+    time to do so is over (``late``)."""
 
     def __init__(
         self,
@@ -61,19 +62,20 @@ class Following:
         agenda: Agenda,
         ends: tuple[Instance, Instance],
         keys: Sequence[PageKey],
-        then: Callable[[int], None],
+        then: Callable[[Fetched], None],
     ) -> None:
         self._network = network
         self._agenda = agenda
         self._source, self._target = ends
         self._keys = keys
-        self._then: Callable[[int], None] | None = then
+        self._then: Callable[[Fetched], None] | None = then
         self._ready = 0
         self._there = self._target.memory.leading(keys)
-        self.moved = 0
-        self._complete = False
+        self._moved = 0
+        self._completed_s: float | None = None
         self._transfer: Transfer | None = None
-        self._late: Alarm | None = None
+        self._deadline: Alarm | None = None
+        self.late = False
 
     def offer(self, pages: int) -> None:
         """So many leading pages are ready at the source."""
@@ -82,8 +84,11 @@ class Following:
 
     def complete(self, grace_s: float) -> None:
         """Nothing more will come; what is on its way may take so long."""
-        self._complete = True
-        self._late = self._agenda.after(grace_s, self._give_up)
+        self._deadline = self._agenda.after(grace_s, self._give_up)
+        self._completed()
+
+    def _completed(self) -> None:
+        self._completed_s = self._agenda.now
         self._go_on()
 
     def _go_on(self) -> None:
@@ -95,13 +100,13 @@ class Following:
             self._transfer = self._network.begin(
                 self._source.id, self._target.id, size, lambda: self._arrived(end)
             )
-        elif self._complete:
+        elif self._completed_s is not None:
             self._end()
 
     def _arrived(self, end: int) -> None:
         self._transfer = None
         self._keep(end)
-        self.moved += end - self._there
+        self._moved += end - self._there
         self._there = end
         self._go_on()
 
@@ -113,16 +118,18 @@ class Following:
         self._target.memory.keep(self._keys, self._there, end)
 
     def _give_up(self) -> None:
+        self.late = True
         if self._transfer is not None:
             self._transfer.cancel()
         self._end()
 
     def _end(self) -> None:
         then, self._then = self._then, None
-        if self._late is not None:
-            self._late.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
+        assert self._completed_s is not None
         if then is not None:
-            then(self.moved)
+            then(Fetched(self._there, self._moved, self._agenda.now - self._completed_s))
 
 
 class Handing(Following):
@@ -130,8 +137,7 @@ class Handing(Following):
     target keeps free for them. The source holds its pages until all of them are there."""
 
     def complete(self, grace_s: float) -> None:
-        self._complete = True
-        self._go_on()
+        self._completed()
 
     def _movable(self, ready: int) -> int:
         return ready
