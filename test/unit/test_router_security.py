@@ -94,6 +94,8 @@ def test_instances_are_shown_the_key_that_their_route_asks_for() -> None:
     keys = Keys("api", "admin")
     assert keys.towards("/generate") == "api"
     assert keys.towards("/abort_request") == "admin"
+    assert keys.towards("/memserve/role") == "admin"
+    assert keys.towards("/memserve/fetch") == keys.towards("/memserve/peers") == "api"
     assert Keys("api").towards("/abort_request") == "api"
     assert Keys().towards("/generate") is None
 

@@ -6,8 +6,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.routing import APIRoute
+from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from ..errors import (
     ConfigError,
@@ -17,6 +18,7 @@ from ..errors import (
     PeerUnreachable,
     ProtocolError,
 )
+from ..protocol.access import needs_admin_key
 from ..protocol.http import decode
 
 # 8,000,000 tokens of page keys of 16 tokens, in hexadecimal: far more than a fetch may name.
@@ -25,7 +27,14 @@ _T = TypeVar("_T")
 
 
 class _Route(APIRoute):
-    """What a handler raises is answered as an error."""
+    """What a handler raises is answered as an error; control takes the admin key, as SGLang's own
+    control routes do."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if needs_admin_key(path):
+            # SGLang's middleware reads the mark.
+            auth_level(AuthLevel.ADMIN_OPTIONAL)(endpoint)
+        super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
         handler = super().get_route_handler()
@@ -41,6 +50,12 @@ class _Route(APIRoute):
 
 def memserve_router() -> APIRouter:
     return APIRouter(prefix="/memserve", route_class=_Route)
+
+
+def open_routes(app: FastAPI, *routers: APIRouter) -> None:
+    """Not ``include_router``: it hides an endpoint's mark from SGLang's middleware."""
+    for router in routers:
+        app.router.routes.extend(router.routes)
 
 
 async def read_body(request: Request, kind: type[_T]) -> _T:

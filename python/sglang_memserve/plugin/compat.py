@@ -43,6 +43,8 @@ SYMBOLS = (
     "sglang.srt.server_args.PortArgs",
     "sglang.srt.server_args.ServerArgs",
     "sglang.srt.server_args.prepare_server_args",
+    "sglang.srt.utils.auth.AuthLevel",
+    "sglang.srt.utils.auth.auth_level",
     "sglang.srt.utils.kill_process_tree",
     "sglang.srt.utils.server_args_config_parser.ConfigArgumentMerger",
     "sglang.utils.TypeBasedDispatcher",

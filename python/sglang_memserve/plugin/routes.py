@@ -19,7 +19,7 @@ from ..errors import (
 from ..protocol.http import FetchBody, Load, PeersBody
 from ..types import Role
 from .agent import EngineFacts, InstanceAgent
-from .answers import json_answer, memserve_router, read_body
+from .answers import json_answer, memserve_router, open_routes, read_body
 from .pool_size import pool_routes
 from .verb_routes import verb_routes
 
@@ -75,9 +75,8 @@ def mount(app: FastAPI, config: InstanceConfig, server_args: ServerArgs) -> Inst
         api_key=server_args.api_key,
         admin_key=server_args.admin_api_key,
     )
-    app.include_router(_routes(agent))
-    app.include_router(pool_routes(agent))
-    app.include_router(verb_routes(_manager, server_args.page_size))
+    verbs = verb_routes(_manager, server_args.page_size)
+    open_routes(app, _routes(agent), pool_routes(agent), verbs)
     sglang_lifespan = app.router.lifespan_context
 
     @contextlib.asynccontextmanager

@@ -52,11 +52,26 @@ ENGINE_CONTROL = frozenset(
     }
 )
 ENGINE_CONTROL_FOLDERS = ("/dumper/", "/hicache/")
+# Our own routes that change an instance or tell what it holds of a prompt. What peers and routers
+# ask for all the time (info, snapshot, stats, fetch, peers) takes the API key.
+MEMSERVE_CONTROL = frozenset(
+    {
+        "/memserve/match",
+        "/memserve/pool",
+        "/memserve/role",
+        "/memserve/swap_in",
+        "/memserve/swap_out",
+    }
+)
 
 
 def needs_admin_key(path: str) -> bool:
     """Whether ``path`` (decoded, without a query) is control on an instance with an admin key."""
-    return path in ENGINE_CONTROL or path.startswith(ENGINE_CONTROL_FOLDERS)
+    return (
+        path in ENGINE_CONTROL
+        or path in MEMSERVE_CONTROL
+        or path.startswith(ENGINE_CONTROL_FOLDERS)
+    )
 
 
 def key_for(path: str, api: str | None, admin: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """Bodies of ``/memserve/*``, on instances and on the router. JSON unless said otherwise.
 
-On an instance (on SGLang's own app, same API key):
+On an instance (on SGLang's own app; which key opens what: ``access``):
     GET  /memserve/info      -> InstanceInfo
     GET  /memserve/snapshot  -> msgpack ``events.Snapshot`` (``application/msgpack``)
     POST /memserve/fetch     FetchBody -> FetchResult
