@@ -41,6 +41,7 @@ from .control.everywhere import PATHS as EVERYWHERE
 from .control.everywhere import Everywhere
 from .control.explain import Explain
 from .control.fleet import Control
+from .control.methods import other_methods
 from .control.openapi import describe
 from .control.registration import Members
 from .control.workers import Workers
@@ -219,11 +220,12 @@ async def _assemble(
     )
     aliases = Aliases(instances, most)
     everywhere = Everywhere(instances, upstream, most)
-    app = _application(dispatcher, control, everywhere, members, workers, aliases, explain, rest)
+    app = _application(dispatcher, control, everywhere, members, workers, aliases, explain)
     app.router.routes[:0] = [
         APIRoute(path, handler, methods=methods, response_model=None, include_in_schema=False)
         for path, handler, methods in watching.open(instances, tree, source_states)
     ]
+    app.router.routes += [*other_methods(app.router.routes), Mount("/{path:path}", rest)]
     return Shortcut(app, inference, INFERENCE_METHODS)
 
 
@@ -235,7 +237,6 @@ def _application(
     workers: Workers,
     aliases: Aliases,
     explain: Explain,
-    rest: Passthrough,
 ) -> FastAPI:
     app = FastAPI(title="MemServe router", docs_url=None, redoc_url=None)
     app.add_exception_handler(MemServeError, _on_error)
@@ -257,6 +258,7 @@ def _application(
         ("/get_server_info", control.server_info, get),
         ("/workers", members.workers, get),
         ("/workers", members.add_worker, post),
+        ("/workers/{url:path}", members.worker, get),
         ("/workers/{url:path}", workers.remove, ["DELETE"]),
         ("/workers/{url:path}", workers.change, ["PATCH"]),
         ("/add_worker", aliases.add_worker, post),
@@ -281,7 +283,6 @@ def _application(
             response_model=None,
             include_in_schema=False,
         )
-    app.router.routes.append(Mount("/{path:path}", rest))
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return app
 

@@ -7,5 +7,6 @@
 ``workers``       one worker's role and end
 ``explain``       why requests go where they go
 ``aliases``       the same by the names of sglang-router and SGLang
+``methods``       other methods on all of these
 ``openapi``       what the router says of itself
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 import msgspec
 from sglang_memserve.config import parse_role
@@ -14,7 +15,8 @@ from sglang_memserve.types import InstanceId, Role
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ..http.replies import json_response
+from ..http import replies
+from ..http.replies import as_response, json_response
 from ..members.instances import Instances
 from ..members.member import MemberStatus
 from ..request.client import read_json
@@ -61,6 +63,15 @@ class Members:
         gone = [_worker(member, {}) for member in self.instances.gone()]
         return json_response({"workers": members, "left": gone, "total": len(members)})
 
+    async def worker(self, request: Request) -> Response:
+        """One entry of ``workers``; 404 for a URL that is not among them."""
+        url = named_worker(request)
+        member = next((one for one in self.instances.members() if one.id == url), None)
+        if member is None:
+            return unknown_worker(url)
+        events = {status.instance: described(status) for status in self.statuses()}
+        return json_response(_worker(member, events))
+
     async def add_worker(self, request: Request) -> Response:
         """``{"url": ..., "role": "prefill"|"decode"|"both"}``; the role is the instance's own
         where none is given."""
@@ -105,6 +116,15 @@ class Members:
                 "sources": dict(self.source_states()),
             }
         )
+
+
+def named_worker(request: Request) -> InstanceId:
+    """The URL, percent-encoded or not, in a path ``/workers/{url}``."""
+    return InstanceId(unquote(request.path_params["url"]).rstrip("/"))
+
+
+def unknown_worker(url: InstanceId) -> Response:
+    return as_response(replies.error(404, f"unknown worker {url}"))
 
 
 def listed_role(given: object) -> Role | None:

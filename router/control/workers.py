@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote
 
 from sglang_memserve.errors import ConfigError, PeerError
 from sglang_memserve.types import InstanceId
@@ -18,7 +17,7 @@ from ..http.replies import as_response, json_response
 from ..members.instances import Instances
 from ..request.client import read_json
 from .drain import Leaving
-from .registration import listed_role
+from .registration import listed_role, named_worker, unknown_worker
 
 ASK_S = 10.0
 DRAIN_S = 300.0
@@ -39,7 +38,7 @@ class Workers:
         may register again."""
         url = self._known(request)
         if url is None:
-            return _unknown(request)
+            return unknown_worker(named_worker(request))
         drain = request.query_params.get("drain", "false").lower()
         if drain not in ("true", "false", "1", "0"):
             raise ConfigError(f"drain must be true or false, got {drain!r}")
@@ -54,7 +53,7 @@ class Workers:
         tells all its routers. A plain SGLang server has a role in this router only."""
         url = self._known(request)
         if url is None:
-            return _unknown(request)
+            return unknown_worker(named_worker(request))
         body = await read_json(request, dict[str, Any], self.max_body_bytes)
         role = listed_role(body.get("role"))
         if role is None or set(body) != {"role"}:
@@ -70,16 +69,8 @@ class Workers:
         return json_response({"url": url, "role": role.value})
 
     def _known(self, request: Request) -> InstanceId | None:
-        url = _url(request)
+        url = named_worker(request)
         return url if any(member.id == url for member in self.instances.members()) else None
-
-
-def _url(request: Request) -> InstanceId:
-    return InstanceId(unquote(request.path_params["url"]).rstrip("/"))
-
-
-def _unknown(request: Request) -> Response:
-    return as_response(replies.error(404, f"unknown worker {_url(request)}"))
 
 
 def _seconds(text: str | None) -> float:

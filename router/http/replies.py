@@ -94,6 +94,14 @@ def unknown_model(model: str) -> Reply:
     )
 
 
+def other_method(method: str, path: str, methods: Iterable[str]) -> Reply:
+    """A path of the router's own, and a method that it does not have."""
+    allowed = ", ".join(sorted(methods))
+    reply = error(405, f"{path} takes {allowed}, not {method}")
+    reply.headers.append((b"allow", allowed.encode()))
+    return reply
+
+
 def not_here(path: str) -> Reply:
     return error(
         404,
