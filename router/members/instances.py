@@ -18,7 +18,11 @@ from typing import Protocol
 import msgspec
 from sglang_memserve.config import parse_role, parse_url
 from sglang_memserve.errors import ConfigError, NamespaceMismatch, NoInstance, ProtocolError
-from sglang_memserve.protocol.handshake import require_same_namespace, require_same_version
+from sglang_memserve.protocol.handshake import (
+    require_possible,
+    require_same_namespace,
+    require_same_version,
+)
 from sglang_memserve.protocol.http import (
     Heartbeat,
     HeartbeatReply,
@@ -302,6 +306,7 @@ class Instances:
             raise ProtocolError(str(error)) from error
         if info.page_size <= 0 or not info.ranks or not info.generation:
             raise ProtocolError(f"{info.url}: an instance needs pages, ranks and a generation")
+        require_possible(info.namespace)
         role = _role(info.role)
         info = msgspec.structs.replace(info, url=instance)
         self._require_same_pages(info)

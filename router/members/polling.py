@@ -105,9 +105,9 @@ class Poller:
         names = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens", "max_total_num_tokens")
         try:
             sums = [sum(int(load.get(name, 0)) for load in loads) for name in names]
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"{listed}/v1/loads: {error}") from error
-        return Load(*sums)
+        return Load.counted(*sums)
 
     async def _get(self, url: str) -> tuple[int, bytes]:
         timeout = aiohttp.ClientTimeout(total=ASK_S)

@@ -38,11 +38,11 @@ class _SglangEngine:
 
     async def load(self) -> Load:
         snapshots = await _manager().get_loads(include=["core"])
-        return Load(
-            running_requests=sum(s.num_running_reqs for s in snapshots),
-            waiting_requests=sum(s.num_waiting_reqs for s in snapshots),
-            used_tokens=sum(s.num_used_tokens for s in snapshots),
-            total_tokens=sum(s.max_total_num_tokens for s in snapshots),
+        return Load.counted(
+            running=sum(s.num_running_reqs for s in snapshots),
+            waiting=sum(s.num_waiting_reqs for s in snapshots),
+            used=sum(s.num_used_tokens for s in snapshots),
+            total=sum(s.max_total_num_tokens for s in snapshots),
         )
 
     def describe(self) -> EngineFacts:

@@ -29,8 +29,13 @@ from ..types import Namespace
 from . import UNDECODABLE
 
 _T = TypeVar("_T")
-# What is counted and added up by whoever reads it.
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+
+MOST = 2**53
+"""No count on the wire is larger: whoever adds some up, or divides, has room for what comes out."""
+Count = Annotated[int, msgspec.Meta(ge=0, le=MOST)]
+Positive = Annotated[int, msgspec.Meta(ge=1, le=MOST)]
+EventSeq = Annotated[int, msgspec.Meta(ge=-1, le=MOST)]
+"""Number of an event batch; -1 before the first."""
 
 
 def decode(data: bytes, kind: type[_T], what: str) -> _T:
@@ -44,11 +49,11 @@ def decode(data: bytes, kind: type[_T], what: str) -> _T:
 class RankInfo(msgspec.Struct, frozen=True):
     """Where one rank listens for other ranks and where it publishes what it alone holds."""
 
-    rank: int
+    rank: Count
     peer_address: str
     events_address: str
-    total_blocks: int
-    block_bytes: int
+    total_blocks: Count
+    block_bytes: Count
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):
@@ -65,9 +70,9 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     served_model_name: str
     layout_hash: str
     namespace: Namespace
-    page_size: int
-    context_length: int
-    max_total_tokens: int
+    page_size: Positive
+    context_length: Positive
+    max_total_tokens: Count
     events_address: str
     ranks: list[RankInfo]
 
@@ -75,10 +80,16 @@ class InstanceInfo(msgspec.Struct, frozen=True):
 class Load(msgspec.Struct, frozen=True):
     """What the router weighs. Tokens are slots of the device pool."""
 
-    running_requests: int
-    waiting_requests: int
-    used_tokens: int
-    total_tokens: int
+    running_requests: Count
+    waiting_requests: Count
+    used_tokens: Count
+    total_tokens: Count
+
+    @classmethod
+    def counted(cls, running: int, waiting: int, used: int, total: int) -> Load:
+        """Of an engine's own figures, each brought within its bounds: engines count by adding and
+        subtracting, and one that is off for a moment is no reason to refuse its heartbeat."""
+        return cls(*(min(max(count, 0), MOST) for count in (running, waiting, used, total)))
 
 
 class Registration(msgspec.Struct, frozen=True):
@@ -100,7 +111,7 @@ class Heartbeat(msgspec.Struct, frozen=True):
     generation: str
     role: str
     load: Load
-    event_seq: int = -1
+    event_seq: EventSeq = -1
 
 
 class HeartbeatReply(msgspec.Struct, frozen=True):
@@ -113,7 +124,7 @@ class InstanceStats(msgspec.Struct, frozen=True):
     """Counters and gauges, documented in ``docs/mempool.md``. ``instance``: of what is the whole
     instance's; ``ranks``: of each rank. ``event_seq`` as in ``Heartbeat``."""
 
-    event_seq: int
+    event_seq: EventSeq
     instance: dict[str, float]
     ranks: list[dict[str, float]]
 
