@@ -279,7 +279,7 @@ def _application(
         app.add_api_route(
             path,
             everywhere.ask,
-            methods=[*get, *post],
+            methods=[*get, *post, "PUT"],
             response_model=None,
             include_in_schema=False,
         )

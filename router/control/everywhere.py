@@ -85,9 +85,7 @@ class Everywhere:
         query = f"?{request.url.query}" if request.url.query else ""
         members = [m.id for m in self.instances.members() if m.state is not State.STARTING]
         if not members:
-            return as_response(
-                replies.unavailable("no instance to ask", self.instances.unavailable())
-            )
+            return as_response(replies.unavailable("no instance to ask", self.instances.absent()))
         told = await asyncio.gather(
             *(self._one(request.method, url + request.url.path + query, data) for url in members)
         )

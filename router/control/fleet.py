@@ -96,9 +96,7 @@ class Control:
         query = f"?{request.url.query}" if request.url.query else ""
         members = [m.id for m in self.instances.members() if m.state is not State.STARTING]
         if not members:
-            return as_response(
-                replies.unavailable("nothing to flush", self.instances.unavailable())
-            )
+            return as_response(replies.unavailable("nothing to flush", self.instances.absent()))
         failed = await self._fan_out(members, f"/flush_cache{query}", {}, FLUSH_S)
         if not failed:
             return PlainTextResponse("Cache flushed on all instances.\n")
@@ -159,9 +157,7 @@ class Control:
         """A live instance's own, with all live ones under ``prefill`` and ``decode``."""
         views = self.instances.views({})
         if not views:
-            return as_response(
-                replies.unavailable("no instance answers", self.instances.unavailable())
-            )
+            return as_response(replies.unavailable("no instance answers", self.instances.absent()))
         answers = await asyncio.gather(
             *(
                 self.upstream.call("GET", f"{view.id}/server_info", deadline_s=ASK_S)

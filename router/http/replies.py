@@ -18,6 +18,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 JSON = b"application/json"
+NOBODY_HERE = ": start instances with --router-url, or add running ones with POST /workers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +112,12 @@ def not_here(path: str) -> Reply:
 
 
 def unavailable(message: str, instances: Mapping[str, str]) -> Reply:
-    """No instance can serve: ``instances`` maps each one's URL to the reason why it cannot."""
-    listed = "; ".join(f"{url}: {why}" for url, why in instances.items()) or "no instances known"
-    body = error_body(503, f"{message} ({listed})")
+    """No instance can serve: ``instances`` maps each one's URL to the reason why it cannot.
+
+    Where all of them have left, or there never was one, the message says what to do."""
+    listed = "; ".join(f"{url}: {why}" for url, why in instances.items()) or "none is known"
+    nobody = all(why.startswith("left") for why in instances.values())
+    body = error_body(503, f"{message} ({listed}){NOBODY_HERE if nobody else ''}")
     body["instances"] = [{"url": url, "reason": why} for url, why in instances.items()]
     reply = json_reply(body, 503)
     reply.headers.append((b"retry-after", b"1"))

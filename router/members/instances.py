@@ -43,6 +43,7 @@ _UNKNOWN = Generation("")
 _PLAIN = Generation("plain")
 _NOTHING = Match(0)
 _REMEMBERED = 32
+_NAMED = 8
 
 
 class Listener(Protocol):
@@ -114,7 +115,7 @@ class Instances:
         if member.static:
             self._lose(member, "has left")
         else:
-            self._remove(member, "has left")
+            self._remove(member, "it deregistered")
 
     # -- what the operator says, and what asking listed URLs showed --
 
@@ -258,6 +259,14 @@ class Instances:
             if why is not None:
                 reasons[member.id] = why
         return reasons
+
+    def absent(self, exclude: Collection[InstanceId] = ()) -> dict[str, str]:
+        """``unavailable``, and behind those the last few that have left, with what became of
+        them: for whoever has to say that nobody can serve."""
+        left: dict[str, str] = {
+            status.id: f"left: {status.last_error}" for status in self.gone()[-_NAMED:]
+        }
+        return self.unavailable(exclude) | left
 
     def begin(self, instance: InstanceId, uncached_tokens: int) -> InFlight:
         """Book a request that is sent there now. Raises NoInstance when it has left."""

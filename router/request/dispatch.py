@@ -187,7 +187,7 @@ class Dispatcher:
                 turn.errors[prepared.target] = str(failure)
                 self._metrics.retries.labels(type(failure).__name__).inc()
                 logger.warning("%s %s failed: %s", turn.client.request_id, prepared.target, failure)
-        reasons = {**self._instances.unavailable(turn.failed), **turn.errors}
+        reasons = {**self._instances.absent(turn.failed), **turn.errors}
         await turn.client.reply(replies.unavailable(f"every attempt failed: {error}", reasons))
 
     # -- counting --

@@ -135,7 +135,7 @@ class Passthrough:
                 attempts += 1
                 failed.add(target)
                 logger.warning("%s %s failed: %s", client.request_id, target, failure)
-        reasons = self._instances.unavailable(failed)
+        reasons = self._instances.absent(failed)
         await client.reply(replies.unavailable(f"every attempt failed: {error}", reasons))
 
     async def _forward(

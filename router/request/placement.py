@@ -135,7 +135,7 @@ def decide(
     try:
         plan = policy.decide(prompt_of(keyed, session), views)
     except NoInstance as error:
-        raise error.including(instances.unavailable(exclude)) from error
+        raise error.including(instances.absent(exclude)) from error
     if not any(view.id == plan.decode and view.role.can_decode for view in views):
         plan = replace(plan, reason=f"{plan.reason}; no decode instance can serve")
     return plan, views
@@ -153,7 +153,7 @@ def idlest_decode(
     try:
         able = decode_candidates(views)
     except NoInstance as error:
-        raise error.including(instances.unavailable(exclude)) from error
+        raise error.including(instances.absent(exclude)) from error
     least = min(_load(view) for view in able)
     idlest = [view.id for view in able if _load(view) == least]
     return idlest[turn % len(idlest)]

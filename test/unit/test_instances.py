@@ -123,6 +123,21 @@ def test_a_flap_keeps_the_pages_and_a_long_silence_does_not(fleet: Fleet) -> Non
     assert gone.state is State.LEFT and "no heartbeat for 31 s" in gone.last_error
 
 
+def test_who_says_that_nobody_is_there_names_those_that_left(fleet: Fleet) -> None:
+    fleet.instances.register(info(A))
+    fleet.instances.register(info(B, generation="b1"))
+    fleet.instances.dismiss(A)
+    assert fleet.instances.absent() == {A: "left: was drained"}
+    assert fleet.instances.absent([B]) == {B: "failed this request", A: "left: was drained"}
+    fleet.instances.deregister(B, "b1")
+    assert fleet.instances.absent() == {A: "left: was drained", B: "left: it deregistered"}
+    for number in range(20):
+        url = f"http://c:{number + 1}"
+        fleet.instances.register(info(url, generation=f"c{number}"))
+        fleet.instances.remove(InstanceId(url))
+    assert len(fleet.instances.absent()) == 8, "a message has an end"
+
+
 def test_those_that_left_are_shown_as_they_are_and_not_for_ever(fleet: Fleet) -> None:
     fleet.instances.register(info(A))
     fleet.instances.register(info(B, generation="b1"))
