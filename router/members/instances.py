@@ -302,6 +302,12 @@ class Instances:
         """Any member's info: all agree on model, page size and layout. None before the first."""
         return next((m.info for m in self._members.values() if m.info is not None), None)
 
+    def context_length(self) -> int:
+        """Tokens of the longest prompt that any member takes; 0 before the first is known. One that
+        takes less, or says so, must not decide for the others."""
+        infos = (member.info for member in self._members.values())
+        return max((info.context_length for info in infos if info is not None), default=0)
+
     def statics(self) -> list[InstanceId]:
         return [member.id for member in self._members.values() if member.static]
 

@@ -69,18 +69,18 @@ class Preparation:
 
         ``size``: bytes of the whole body.
         Tokenizing it would take the time of everybody else, here and on the instance."""
-        reference = self._instances.reference()
+        context_length = self._instances.context_length()
         source = request.source
-        if reference is None or not isinstance(source, Texts | Chat):
+        if not context_length or not isinstance(source, Texts | Chat):
             return ""
-        limit = CHARACTERS_PER_TOKEN * reference.context_length
+        limit = CHARACTERS_PER_TOKEN * context_length
         lengths = [len(text) for text in source.texts] if isinstance(source, Texts) else []
         length = max(lengths, default=size)
         if length <= limit:
             return ""
         return (
             f"The input ({length} characters) is longer than the model's context length "
-            f"({reference.context_length} tokens)."
+            f"({context_length} tokens)."
         )
 
     async def key(self, request: Request) -> tuple[Keyed, str]:
@@ -93,7 +93,7 @@ class Preparation:
         ids = tokenized.ids
         if not ids or not all(ids):
             return opaque(reference.page_size), tokenized.reason or "empty prompt"
-        if any(len(one) >= reference.context_length for one in ids):
+        if max(map(len, ids)) >= self._instances.context_length():
             return opaque(reference.page_size), "prompt too long"
         try:
             with self._metrics.routing.labels("hash").time():

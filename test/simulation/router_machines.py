@@ -117,6 +117,7 @@ class Machine:
     fetch: Handler | None = None
     model: str = MODEL
     peers_status: int = 200
+    context_length: int = 100_000
     url: str = ""
     asked: list[Asked] = field(default_factory=list)
     _server: asyncio.Server | None = None
@@ -159,7 +160,7 @@ class Machine:
             layout_hash=layout_hash(NAMESPACE),
             namespace=NAMESPACE,
             page_size=PAGE,
-            context_length=100_000,
+            context_length=self.context_length,
             max_total_tokens=100_000,
             events_address="tcp://127.0.0.1:9",
             ranks=[RankInfo(0, "tcp://127.0.0.1:9", "tcp://127.0.0.1:9", 100, 128)],

@@ -21,6 +21,11 @@ def go(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(asyncio.wait_for(scenario, 60))
 
 
+def shortly(value: object) -> str:
+    """An id of a case: not all digits."""
+    return str(value)[:12]
+
+
 async def all_is_well(router: Router) -> None:
     for _ in range(6):
         response = await router.post("/generate", BODY)
@@ -41,7 +46,7 @@ def with_number(value: object, place: str, number: int) -> bytes:
     return msgspec.json.encode(made).replace(b'"NUMBER"', str(number).encode())
 
 
-@pytest.mark.parametrize("number", [-1, -(10**400), 2**53 + 1, 2**64, 10**400])
+@pytest.mark.parametrize("number", [-1, -(10**400), 2**53 + 1, 2**64, 10**400], ids=shortly)
 @pytest.mark.parametrize(
     "name", ["running_requests", "waiting_requests", "used_tokens", "total_tokens"]
 )
@@ -59,7 +64,7 @@ def test_a_heartbeat_of_an_impossible_load_is_refused(name: str, number: int) ->
     go(scenario())
 
 
-@pytest.mark.parametrize("number", [-2, 10**400])
+@pytest.mark.parametrize("number", [-2, 10**400], ids=shortly)
 def test_a_heartbeat_of_an_impossible_batch_is_refused(number: int) -> None:
     async def scenario() -> None:
         one = Machine(Role.BOTH)
@@ -89,6 +94,7 @@ def test_a_heartbeat_of_an_impossible_batch_is_refused(number: int) -> None:
         ("namespace.num_kv_heads", -1),
         ("namespace.head_dim", 10**400),
     ],
+    ids=shortly,
 )
 def test_a_registration_with_an_impossible_number_is_refused(place: str, number: int) -> None:
     async def scenario() -> None:
@@ -103,6 +109,21 @@ def test_a_registration_with_an_impossible_number_is_refused(place: str, number:
             assert response.status == 400 and named in text, text
             assert (await (await router.get("/workers")).json())["total"] == 0
         await first.stop()
+
+    go(scenario())
+
+
+def test_a_short_context_of_one_decides_for_nobody_else() -> None:
+    async def scenario() -> None:
+        short = Machine(Role.DECODE, context_length=1)
+        long = Machine(Role.DECODE, context_length=2000)
+        async with router_over(short, long) as router:
+            for _ in range(2):
+                response = await router.post("/generate", {"text": "word " * 1000})
+                assert response.status == 200, await response.text()
+            too_long = {"text": "w" * (128 * long.context_length + 1)}
+            response = await router.post("/generate", too_long)
+            assert response.status == 400 and "context length" in await response.text()
 
     go(scenario())
 
