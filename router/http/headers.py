@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from .ids import new_id
 
@@ -28,6 +29,9 @@ HOP_BY_HOP = frozenset(
 _OURS = frozenset({b"host", b"content-length", b"expect", b"x-request-id"})
 # What an instance says about itself as a server, or about a request id that we echo ourselves.
 _NOT_PASSED_BACK = frozenset({b"date", b"server", b"x-request-id"})
+
+# Of answers that have no body whatever they announce.
+BODILESS = frozenset({204, 304})
 
 MAX_REQUEST_ID_BYTES = 200
 # RFC 9110's "token", and what a field value may not contain.
@@ -76,6 +80,12 @@ def as_json(headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [*kept, ("content-type", "application/json")]
 
 
+def is_encoded(headers: RawHeaders) -> bool:
+    """Whether a body is compressed, say: nothing of ours can be put behind parts of it."""
+    codings = [value for name, value in headers if name.lower() == b"content-encoding"]
+    return any(one.strip().lower() not in (b"", b"identity") for one in codings)
+
+
 def is_json(content_type: str) -> bool:
     kind = content_type.split(";")[0].strip().lower()
     return kind == "application/json" or kind.endswith("+json")
@@ -91,11 +101,21 @@ def unfit(status: int, headers: RawHeaders) -> str:
     return ""
 
 
+class Length(Enum):
+    """Of an answer's body. ANNOUNCED: it has the content-length that the instance announced, if
+    any. OURS: what is sent may be more or less than that."""
+
+    ANNOUNCED = "announced"
+    OURS = "ours"
+
+
 def to_client(
-    headers: RawHeaders, extra: Iterable[tuple[bytes, bytes]]
+    headers: RawHeaders, extra: Iterable[tuple[bytes, bytes]], length: Length = Length.ANNOUNCED
 ) -> list[tuple[bytes, bytes]]:
     """An instance's response headers as the client gets them, ours added."""
     dropped = HOP_BY_HOP | _NOT_PASSED_BACK | _named_by_connection(headers)
+    if length is Length.OURS:
+        dropped |= {b"content-length"}
     passed = [(name.lower(), value) for name, value in headers if name.lower() not in dropped]
     return [*passed, *extra]
 

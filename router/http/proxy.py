@@ -23,7 +23,7 @@ import orjson
 from sglang_memserve.errors import PeerError, PeerUnreachable
 from yarl import URL
 
-from .headers import RawHeaders, unfit
+from .headers import RawHeaders, is_encoded, unfit
 from .security import Keys
 
 MAX_ERROR_BYTES = 4096
@@ -78,6 +78,11 @@ class Answer:
     @property
     def is_event_stream(self) -> bool:
         return self._response.content_type == "text/event-stream"
+
+    @property
+    def has_frames(self) -> bool:
+        """Whether it is an event stream whose frames can be read, and one of ours put behind."""
+        return self.is_event_stream and not is_encoded(self.headers)
 
     def on_bytes(self, call: Callable[[], None]) -> None:
         """Called for whatever comes."""

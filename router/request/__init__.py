@@ -1,7 +1,7 @@
 """The life of an inference request. In dependency order:
 
 ``admission``   the door: how many at once, how many wait
-``streams`` ``resumable``   what of an answer can outlive its instance (pure)
+``frames`` ``resumable`` ``streams``   what of an answer can outlive its instance (pure)
 ``client``      the client's side: its body, its leaving, what it has been sent
 ``live``        who is served now, and how to stop it everywhere
 ``placement``   token ids to a plan

@@ -118,11 +118,11 @@ class Client:
         """An instance's answer, byte for byte and as it comes.
 
         An event stream that breaks is ended by an error frame. Raises Broken when any other
-        answer does: only a cut connection can tell the client.
+        answer does, an encoded stream too: only a cut connection can tell the client.
         """
         await self._start(answer, extra)
         tail = b""
-        framed = answer.is_event_stream
+        framed = answer.has_frames
         try:
             async for chunk in answer.chunks():
                 if framed:
@@ -134,7 +134,7 @@ class Client:
                 # Clients hang up when they have read this, before the instance ends the body.
                 self.complete = framed and tail == DONE
         except PeerError as error:
-            if not answer.is_event_stream:
+            if not framed:
                 raise Broken(str(error)) from error
             await self.break_off(str(error), tail)
             raise
@@ -167,7 +167,7 @@ class Client:
         self.complete = True
         await self._send({"type": "http.response.body", "body": last + DONE})
 
-    async def break_off(self, why: str, tail: bytes = DONE) -> None:
+    async def break_off(self, why: str, tail: bytes) -> None:
         """End an event stream that goes on nowhere. ``tail``: the last bytes sent."""
         self.complete = True
         end = stream_error(f"the instance broke off: {why}", tail)
@@ -175,7 +175,9 @@ class Client:
 
     async def _start(self, answer: Answer, extra: Iterable[tuple[bytes, bytes]]) -> None:
         self.status = answer.status
-        headers = header.to_client(answer.headers, extra)
+        ours = answer.is_event_stream or answer.status in header.BODILESS
+        length = header.Length.OURS if ours else header.Length.ANNOUNCED
+        headers = header.to_client(answer.headers, extra, length)
         await self._send(
             {"type": "http.response.start", "status": answer.status, "headers": headers}
         )

@@ -87,10 +87,10 @@ class Forwarding:
         """Raises PeerError, Broken."""
         answer.on_bytes(flight.heard)
         headers = prepared.verdict.headers()
-        streams = answer.status == 200 and answer.is_event_stream
+        streams = answer.status == 200 and answer.has_frames
         if turn.client.answered:
             if not streams:
-                raise PeerError(f"answered {answer.status} instead of going on")
+                raise PeerError(f"answered {answer.status} and no frames instead of going on")
         else:
             self._first_byte(turn, prepared.funnel)
         if turn.stream is not None and streams:

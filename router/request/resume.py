@@ -23,10 +23,11 @@ from ..metrics.registry import Metrics, short_reason
 from ..prompt.bodies import Route, read_request
 from ..prompt.tokenize import AskEngine
 from .forward import Forwarding
+from .frames import Diverged
 from .patience import PAUSES_S, Patience
 from .prepare import Preparation
 from .resumable import OnlyAnew, Unresumable, all_generated, continued_body, is_greedy
-from .streams import Continuation, Diverged, Stream
+from .streams import Continuation, Stream
 from .turn import Prepared, Turn
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ class Resumption:
         label = type(why).__name__ if isinstance(why, PeerError | NoInstance) else str(why)
         self._metrics.resumes.labels(short_reason(label)).inc()
         logger.warning("%s could not go on: %s", turn.client.request_id, why)
-        await turn.client.break_off(f"{failure}; it could not go on elsewhere: {why}")
+        text = f"{failure}; it could not go on elsewhere: {why}"
+        await turn.client.break_off(text, stream.tail)
 
     async def _once(self, turn: Turn, stream: Stream, anew: bool) -> None:
         """``anew``: its tokens cannot be told, so that all of it is generated once more, and the

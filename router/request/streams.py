@@ -15,7 +15,7 @@ repeat what the client has. The OpenAI routes send new text alone; ``resume`` fi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,19 +23,17 @@ import orjson
 from sglang_memserve.errors import PeerError
 
 from ..prompt.bodies import Request, Route
+from .frames import Cumulative, Diverged, Said, count_in, cumulative, is_role_only, load, said_in
 from .resumable import OnlyAnew, Unresumable, sampling, stop_strings
 
 GAP = b"\n\n"
 CRLF_GAP = b"\r\n\r\n"
 DONE = b"data: [DONE]"
 LAST = DONE + GAP
+TAIL_BYTES = len(DONE + CRLF_GAP)
 MAX_FRAME_BYTES = 16 * 2**20
 _TEXT = b'data: {"text":"'
 _IDS = b'","output_ids":['
-
-
-class Diverged(PeerError):
-    """The other instance does not repeat what the client has already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +50,9 @@ class Stream(Protocol):
 
     done: bool
     """The client has been sent ``[DONE]``."""
+
+    tail: bytes
+    """The last bytes sent, where they may be less than a frame."""
 
     @property
     def finished(self) -> bool:
@@ -91,7 +92,7 @@ class _Framed(ABC):
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._rest = b""
-        self._tail = b""
+        self.tail = b""
         self._odd = ""
         self._joining = False
         self.done = False
@@ -120,7 +121,7 @@ class _Framed(ABC):
     def at_end(self) -> bytes:
         if self._joining and not self.done:
             raise PeerError("the continuation ended early")
-        if not self.done and not self._odd:
+        if not self.done:
             raise PeerError("the stream ended early")
         rest, self._rest = self._rest, b""
         return b"" if self._joining else rest
@@ -132,8 +133,8 @@ class _Framed(ABC):
         return self._pass_on(data)
 
     def _pass_on(self, data: bytes) -> bytes:
-        self._tail = (self._tail + data[-len(LAST) :])[-len(LAST) :]
-        self.done = self._tail.rstrip().endswith(DONE)
+        self.tail = (self.tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
+        self.done = self.tail.rstrip().endswith(DONE)
         return data
 
     def _note(self, frame: bytes) -> None:
@@ -149,7 +150,7 @@ class _Framed(ABC):
             self._require_end()
             self.done = True
             return LAST
-        joined = self._joined(_loads(frame))
+        joined = self._joined(load(frame))
         if not joined:
             return b""
         data = b"data: " + orjson.dumps(joined)
@@ -183,21 +184,12 @@ class _Framed(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class _Cumulative:
-    """What one frame of ``/generate`` says."""
-
-    text: str
-    ids: list[int]
-    meta: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
 class _Seam:
     """What the client had ``seen`` of a ``/generate`` stream when it went on after ``base``."""
 
     base_ids: list[int]
     base_text: str
-    seen: _Cumulative
+    seen: Cumulative
 
 
 class GenerateStream(_Framed):
@@ -231,10 +223,10 @@ class GenerateStream(_Framed):
             self._growth = [*self._growth[-1:], (tokens, end)]
         self._last = frame
 
-    def _read_last(self) -> _Cumulative:
+    def _read_last(self) -> Cumulative:
         if not self._last:
-            return _Cumulative("", [], {})
-        return _cumulative(_loads(self._last))
+            return Cumulative("", [], {})
+        return cumulative(load(self._last))
 
     def so_far(self) -> Continuation:
         if self._odd:
@@ -246,7 +238,10 @@ class GenerateStream(_Framed):
         if len(self._growth) < 2:
             return Continuation("", ())
         tokens, end = self._growth[0]
-        text = orjson.loads(b'"' + self._last[len(_TEXT) : end] + b'"')
+        try:
+            text = orjson.loads(b'"' + self._last[len(_TEXT) : end] + b'"')
+        except orjson.JSONDecodeError as error:
+            raise Unresumable("its text is not cumulative") from error
         return Continuation(text, tuple(last.ids[:tokens]))
 
     def conclude(self, prompt_tokens: int, tokens: int) -> bytes:
@@ -264,7 +259,7 @@ class GenerateStream(_Framed):
     def _joined(self, value: dict[str, Any]) -> dict[str, Any] | None:
         assert self._seam is not None
         seam = self._seam
-        new = _cumulative(value)
+        new = cumulative(value)
         ids, text, seen = seam.base_ids + new.ids, seam.base_text + new.text, seam.seen
         shared = min(len(ids), len(seen.ids))
         prompt = new.meta.get("prompt_tokens", 0) - len(seam.base_ids)
@@ -321,24 +316,24 @@ class OpenAIStream(_Framed):
 
     def _observe(self, frame: bytes) -> None:
         try:
-            value = _loads(frame)
+            value = load(frame)
         except Diverged as error:
             self._odd = str(error)
             return
-        choices = value.get("choices")
-        if not isinstance(choices, list) or not all(isinstance(one, dict) for one in choices):
+        said = said_in(value)
+        if said is None:
             self._odd = "a frame without choices"
             return
         self._first = self._first or {k: value[k] for k in ("id", "created") if k in value}
-        self._usage_seen = self._usage_seen or (not value["choices"] and "usage" in value)
-        for choice in value["choices"]:
-            delta = choice.get("delta")
-            said = delta if isinstance(delta, dict) else choice
-            if choice.get("index") or said.get("tool_calls") or said.get("reasoning_content"):
+        self._usage_seen = self._usage_seen or (not said and "usage" in value)
+        if len(said) > 1:
+            self._odd = "it holds more than one text"
+        for one in said:
+            if one.index or one.fields.get("tool_calls") or one.fields.get("reasoning_content"):
                 self._odd = "it holds more than one text"
-            self._parts.append(said.get("content" if said is delta else "text") or "")
+            self._parts.append(one.text)
             self._like = value
-            self._ended = self._ended or choice.get("finish_reason") is not None
+            self._ended = self._ended or one.finished
 
     def so_far(self) -> Continuation:
         if self._odd:
@@ -371,69 +366,26 @@ class OpenAIStream(_Framed):
             raise Diverged("ended without a reason")
 
     def _joined(self, value: dict[str, Any]) -> dict[str, Any] | None:
-        if not isinstance(value.get("choices"), list):
+        said = said_in(value)
+        if said is None or len(said) > 1:
             raise Diverged(f"refused to continue: {str(value)[:200]}")
-        if self._first and _is_role_only(value["choices"]):
+        if self._first and said and is_role_only(said[0]):
             return None
         has_had = self._repeated or self._ended
-        if has_had and value["choices"] and not self._leave_out(value["choices"][0]):
+        if has_had and said and not self._leave_out(said[0]):
             return None
         usage = value.get("usage")
         if isinstance(usage, dict):
-            _count_in(usage, self._skipped_tokens)
+            count_in(usage, self._skipped_tokens)
         return {**value, **self._first}
 
-    def _leave_out(self, choice: dict[str, Any]) -> bool:
+    def _leave_out(self, said: Said) -> bool:
         """Take out of a frame what the client has; whether something is left. Raises Diverged."""
-        said, name = (choice["delta"], "content") if "delta" in choice else (choice, "text")
-        text = said.get(name) or ""
-        known = min(len(text), len(self._repeated))
-        if text[:known] != self._repeated[:known]:
+        known = min(len(said.text), len(self._repeated))
+        if said.text[:known] != self._repeated[:known]:
             raise Diverged("does not continue as it began: other text")
         self._repeated = self._repeated[known:]
-        finished = choice.get("finish_reason") is not None
-        if finished and self._repeated and not self._may_stop(self._repeated):
+        if said.finished and self._repeated and not self._may_stop(self._repeated):
             raise Diverged("does not continue as it began: it ended before where the first one was")
-        said[name] = text[known:]
-        return not self._ended and (bool(said[name]) or finished)
-
-
-def _is_role_only(choices: Sequence[Mapping[str, Any]]) -> bool:
-    """The first frame of a chat: the client has had one."""
-    deltas = [choice.get("delta") for choice in choices]
-    return bool(deltas) and all(
-        isinstance(delta, dict)
-        and delta.get("role")
-        and not delta.get("content")
-        and choice.get("finish_reason") is None
-        for delta, choice in zip(deltas, choices, strict=True)
-    )
-
-
-def _count_in(usage: dict[str, Any], tokens: int) -> None:
-    """``tokens`` were generated, though the continuation took them for a part of its prompt."""
-    for name, change in (("prompt_tokens", -tokens), ("completion_tokens", tokens)):
-        if type(usage.get(name)) is int:
-            usage[name] += change
-    details = usage.get("prompt_tokens_details")
-    if isinstance(details, dict) and type(details.get("cached_tokens")) is int:
-        details["cached_tokens"] = min(details["cached_tokens"], usage["prompt_tokens"])
-
-
-def _loads(frame: bytes) -> dict[str, Any]:
-    """Raises Diverged for a frame that is no JSON object."""
-    try:
-        value = orjson.loads(frame.removeprefix(b"data:"))
-    except orjson.JSONDecodeError as error:
-        raise Diverged(f"sent a frame that is no JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise Diverged("sent a frame that is no JSON object")
-    return value
-
-
-def _cumulative(value: Mapping[str, Any]) -> _Cumulative:
-    """Raises Diverged for a frame of another kind, an error say."""
-    text, ids, meta = (value.get(name) for name in ("text", "output_ids", "meta_info"))
-    if not (isinstance(text, str) and isinstance(ids, list) and isinstance(meta, dict)):
-        raise Diverged(f"sent something else than tokens: {str(value.get('error'))[:200]}")
-    return _Cumulative(text, ids, meta)
+        rest = said.fields[said.name] = said.text[known:]
+        return not self._ended and (bool(rest) or said.finished)

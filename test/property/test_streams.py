@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sglang_memserve.router.prompt.bodies import Request, Route, read_request
+from sglang_memserve.router.request.frames import Diverged
 from sglang_memserve.router.request.resumable import OnlyAnew, Unresumable, continued_body, why_not
-from sglang_memserve.router.request.streams import Diverged, Stream, make_stream
+from sglang_memserve.router.request.streams import Stream, make_stream
 from simulation import toy_engine as toy
 
 
@@ -205,6 +206,7 @@ def test_what_remembers_more_than_its_tokens_is_not_resumed(
     [
         b"data: {}\n\ndata: [DONE]\n\n",
         b"data: [1]\r\n\r\ndata: [DONE]\n\n",
+        b"data: [1]\r\n\r\ndata: [DONE]\r\n\r\n",
         b": ping\n\ndata: nonsense\n\ndata: [DONE]\n\n",
         b'data: {"choices": [1]}\n\nevent: x\ndata: {}\n\ndata: [DONE]\n\n',
         b'data: {"error": {"message": "m"}}\n\ndata: [DONE]\n\n',

@@ -89,3 +89,16 @@ def test_a_broken_stream_ends_with_an_error_frame_of_its_own(tail: bytes, start:
     assert end.endswith(b"\n\ndata: [DONE]\n\n")
     frame = end.split(b"data: ")[1].strip()
     assert orjson.loads(frame)["error"]["message"] == "gone"
+
+
+def test_a_length_of_ours_is_not_the_instances() -> None:
+    raw = [(b"Content-Length", b"5"), (b"ETag", b"e")]
+    assert headers.to_client(raw, []) == [(b"content-length", b"5"), (b"etag", b"e")]
+    assert headers.to_client(raw, [], headers.Length.OURS) == [(b"etag", b"e")]
+
+
+def test_what_is_encoded() -> None:
+    assert not headers.is_encoded([(b"Content-Type", b"text/event-stream")])
+    assert not headers.is_encoded([(b"Content-Encoding", b" Identity ")])
+    assert headers.is_encoded([(b"Content-Encoding", b"gzip")])
+    assert headers.is_encoded([(b"Content-Encoding", b""), (b"content-encoding", b"br")])
