@@ -44,6 +44,7 @@ _PLAIN = Generation("plain")
 _NOTHING = Match(0)
 _REMEMBERED = 32
 _NAMED = 8
+_SILENT = "no heartbeat"
 
 
 class Listener(Protocol):
@@ -100,7 +101,7 @@ class Instances:
         member = self._members.get(instance)
         if member is None or member.generation != beat.generation or not member.attached:
             return HeartbeatReply(known=False)
-        member.role = member.fixed_role or role
+        member.take(member.fixed_role or role)
         member.load = beat.load
         self._seen(member)
         for listener in self._listeners:
@@ -132,7 +133,7 @@ class Instances:
             self._members[instance] = member
         member.static = True
         member.fixed_role = role
-        member.role = role or member.role
+        member.take(role or member.role)
         return instance
 
     def answered(self, listed: InstanceId, info: InstanceInfo) -> None:
@@ -154,6 +155,7 @@ class Instances:
         self._require_same_model(listed, model)
         if member.attached:
             self._lose(member, "answers without MemServe now")
+            member = self._members[listed]
         member.generation = _PLAIN
         member.info = None
         member.model = model
@@ -167,7 +169,7 @@ class Instances:
             return
         member.last_error = error
         if member.state is State.READY:
-            member.state = State.UNHEALTHY
+            member.turn(State.UNHEALTHY, error)
         if member.attached and self._clock() - member.seen_at > FORGET_FACTOR * self._expire_s:
             self._lose(member, error)
 
@@ -175,7 +177,7 @@ class Instances:
         """Send nothing more there; what is in flight goes on. Raises ConfigError if unknown."""
         member = self._require(instance)
         member.draining = True
-        member.state = State.DRAINING
+        member.turn(State.DRAINING)
 
     def remove(self, instance: InstanceId) -> None:
         """Forget it (it may register again). Raises ConfigError if unknown."""
@@ -195,13 +197,13 @@ class Instances:
     def assign(self, instance: InstanceId, role: Role) -> None:
         """A role from the operator, which holds for a listed URL whatever it says itself."""
         member = self._require(instance)
-        member.role = role
+        member.take(role)
         if member.fixed_role is not None or member.info is None:
             member.fixed_role = role
 
     def set_role(self, instance: InstanceId, role: Role) -> None:
         """An assignment, at once; the instance's next heartbeat confirms or overrules it."""
-        self._require(instance).role = role
+        self._require(instance).take(role)
 
     def expire(self) -> None:
         """Call about once a second: look for those that fell silent. Requests that wait for one
@@ -214,11 +216,14 @@ class Instances:
                     flight.lose(self._expire_s, f"nothing heard for {silent_s:.0f} s")
             if member.static:
                 continue
+            why = f"{_SILENT} for {silent_s:.0f} s"
             if silent_s > FORGET_FACTOR * self._expire_s:
-                self._remove(member, f"no heartbeat for {silent_s:.0f} s")
+                if member.last_error.startswith(_SILENT):
+                    member.last_error = ""
+                self._remove(member, why)
             elif silent_s > self._expire_s and member.state is not State.DRAINING:
-                member.state = State.UNHEALTHY
-                member.last_error = f"no heartbeat for {silent_s:.0f} s"
+                member.last_error = why
+                member.turn(State.UNHEALTHY, why)
 
     # -- what a decision needs --
 
@@ -342,7 +347,7 @@ class Instances:
         member.generation = Generation(info.generation)
         member.info = info
         member.model = info.served_model_name
-        member.role = member.fixed_role or role
+        member.take(member.fixed_role or role)
         self._seen(member)
         if not member.attached:
             member.attached = True
@@ -391,19 +396,22 @@ class Instances:
         Requests in flight to the old one keep counting there, where nobody looks."""
         new = self._new_member(old.id, _UNKNOWN, old.role)
         new.static, new.fixed_role, new.draining = old.static, old.fixed_role, old.draining
+        new.reached = old.reached
         return new
 
     def _seen(self, member: Member) -> None:
         member.seen_at = self._clock()
         if member.state in (State.STARTING, State.UNHEALTHY):
             member.last_error = ""
-        member.state = State.DRAINING if member.draining else State.READY
+        member.reached = True
+        member.turn(State.DRAINING if member.draining else State.READY)
 
     def _lose(self, member: Member, error: str) -> None:
         """A listed URL stays on the list when what was there has gone."""
         if member.attached:
             self._detach(member)
         fresh = self._replace(member)
+        member.turn(State.LEFT, error)
         fresh.last_error = error
         fresh.state = State.UNHEALTHY
         self._members[member.id] = fresh
@@ -412,9 +420,10 @@ class Instances:
         if member.attached:
             self._detach(member)
         del self._members[member.id]
-        member.state = State.LEFT
         member.last_error = why if not member.last_error else f"{why} ({member.last_error})"
-        self._gone.append((self._clock(), member))
+        member.turn(State.LEFT, member.last_error)
+        if member.reached:
+            self._gone.append((self._clock(), member))
 
     def _detach(self, member: Member) -> None:
         member.attached = False

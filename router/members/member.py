@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,6 +14,8 @@ from sglang_memserve.types import Generation, InstanceId, Role
 from ..cost.bookings import NO_SHARE, Share
 from ..values import InstanceView, Match
 from .breaker import Breaker, BreakerState
+
+logger = logging.getLogger(__name__)
 
 Interrupt = Callable[[str], None]
 
@@ -60,7 +63,8 @@ class MemberStatus:
 @dataclass(slots=True, eq=False)
 class Member:
     """Mutable record, owned by ``Instances``. ``info`` is None before the first answer and for a
-    plain SGLang server. ``attached``: its pages are being followed."""
+    plain SGLang server. ``attached``: its pages are being followed. ``reached``: it
+    has answered at least once."""
 
     id: InstanceId
     generation: Generation
@@ -74,6 +78,7 @@ class Member:
     fixed_role: Role | None = None
     attached: bool = False
     draining: bool = False
+    reached: bool = False
     last_error: str = ""
     load: Load = field(default=IDLE)
     in_flight_requests: int = 0
@@ -96,6 +101,29 @@ class Member:
             match=match,
             can_fetch=self.info is not None,
         )
+
+    def turn(self, state: State, why: str = "") -> None:
+        """Another state, which the log is told of; the same again changes nothing."""
+        before, self.state = self.state, state
+        if state is before:
+            return
+        if state is State.READY and before is State.STARTING:
+            boot = f"boot {self.generation}" if self.info is not None else "without MemServe"
+            logger.info("%s joined as %s: %s, %s", self.id, self.role.value, self.model, boot)
+        elif state is State.READY:
+            logger.info("%s is ready again", self.id)
+        elif state is State.DRAINING:
+            logger.info("%s drains, %d requests in flight", self.id, self.in_flight_requests)
+        else:
+            logger.info(
+                "%s %s: %s", self.id, "left" if state is State.LEFT else "is unhealthy", why
+            )
+
+    def take(self, role: Role) -> None:
+        """Another role, which the log is told of."""
+        before, self.role = self.role, role
+        if role is not before and self.state is not State.STARTING:
+            logger.info("%s is for %s now, was for %s", self.id, role.value, before.value)
 
     def unavailable(self, now: float) -> str | None:
         """Why nothing may be sent there now; None when something may."""

@@ -41,6 +41,7 @@ def run(config: RouterConfig, place: Place | None) -> None:
         if place is None:
             with listen(config.host, config.port) as listener:
                 runner.run(serve(config, listener))
+            logger.info("the router has ended")
         else:
             runner.run(_serve_with_others(config, place))
 

@@ -65,7 +65,9 @@ def supervise(config: RouterConfig, argv: Sequence[str], patience: Patience | No
     folder = tempfile.mkdtemp(prefix="memserve-router-")
     try:
         supervisor = Supervisor(config, argv, folder, patience or Patience())
-        return asyncio.run(supervisor.run())
+        status = asyncio.run(supervisor.run())
+        logger.info("the router and its %d processes have ended", config.processes)
+        return status
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

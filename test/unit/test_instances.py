@@ -120,7 +120,7 @@ def test_a_flap_keeps_the_pages_and_a_long_silence_does_not(fleet: Fleet) -> Non
     assert fleet.recorder.told[-1] == f"left {A}"
     assert not fleet.beat()
     (gone,) = fleet.instances.gone()
-    assert gone.state is State.LEFT and "no heartbeat for 31 s" in gone.last_error
+    assert gone.state is State.LEFT and gone.last_error == "no heartbeat for 31 s"
 
 
 def test_who_says_that_nobody_is_there_names_those_that_left(fleet: Fleet) -> None:
@@ -136,6 +136,54 @@ def test_who_says_that_nobody_is_there_names_those_that_left(fleet: Fleet) -> No
         fleet.instances.register(info(url, generation=f"c{number}"))
         fleet.instances.remove(InstanceId(url))
     assert len(fleet.instances.absent()) == 8, "a message has an end"
+
+
+def test_the_log_tells_who_comes_and_goes_once(
+    fleet: Fleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "sglang_memserve.router.members.member")
+
+    def told() -> list[str]:
+        messages = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return messages
+
+    for _ in range(2):
+        fleet.instances.register(info(A))
+    assert told() == [f"{A} joined as both: model, boot g1"]
+    for _ in range(2):
+        fleet.beat(role="decode")
+    assert told() == [f"{A} is for decode now, was for both"]
+    for fleet.now in (11.0, 12.0):
+        fleet.instances.expire()
+    assert told() == [f"{A} is unhealthy: no heartbeat for 11 s"]
+    fleet.beat(role="decode")
+    fleet.instances.assign(A, Role.PREFILL)
+    assert told() == [f"{A} is ready again", f"{A} is for prefill now, was for decode"]
+    fleet.instances.drain(A)
+    fleet.instances.dismiss(A)
+    assert told() == [f"{A} drains, 0 requests in flight", f"{A} left: was drained"]
+    fleet.instances.register(info(A, generation="g2"))
+    fleet.instances.deregister(A, "g2")
+    assert told() == [f"{A} joined as both: model, boot g2", f"{A} left: it deregistered"]
+    fleet.instances.add_static(B)
+    fleet.instances.unreachable(B, "refused")
+    assert told() == []
+    fleet.instances.answered_plain(B, "model", LOAD)
+    fleet.instances.unreachable(B, "refused")
+    fleet.instances.remove(B)
+    assert told() == [
+        f"{B} joined as both: model, without MemServe",
+        f"{B} is unhealthy: refused",
+        f"{B} left: was removed (refused)",
+    ]
+
+
+def test_a_listed_url_that_never_answered_has_not_left(fleet: Fleet) -> None:
+    fleet.instances.add_static(B)
+    fleet.instances.unreachable(B, "refused")
+    fleet.instances.remove(B)
+    assert fleet.instances.gone() == []
 
 
 def test_those_that_left_are_shown_as_they_are_and_not_for_ever(fleet: Fleet) -> None:
