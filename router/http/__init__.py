@@ -6,6 +6,7 @@ In dependency order:
 ``headers``             between client, router and instances
 ``replies``             the router's own answers, as ASGI messages
 ``security``            keys, TLS
+``faults``              what went wrong on the way to an instance
 ``proxy``               requests to instances
 ``connection``          one client's connection
 ``listening``           sockets

@@ -23,6 +23,7 @@ import orjson
 from sglang_memserve.errors import PeerError, PeerUnreachable
 from yarl import URL
 
+from .faults import plainly
 from .headers import RawHeaders, is_encoded, unfit
 from .security import Keys
 
@@ -261,12 +262,8 @@ async def _read_all(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 def _peer_error(error: Exception) -> PeerError:
-    if isinstance(error, TimeoutError):
-        return PeerUnreachable(f"no answer in time ({str(error) or 'deadline'})")
-    text = str(error) or type(error).__name__
-    if isinstance(error, aiohttp.ClientConnectorError | UnicodeError):
-        return PeerUnreachable(text)
-    return PeerError(f"connection broke: {text}")
+    unreachable = isinstance(error, TimeoutError | aiohttp.ClientConnectorError | UnicodeError)
+    return (PeerUnreachable if unreachable else PeerError)(plainly(error))
 
 
 def _excerpt(data: bytes) -> str:

@@ -18,6 +18,7 @@ from sglang_memserve.errors import MemServeError, PeerError, PeerUnreachable, Pr
 from sglang_memserve.protocol.http import Heartbeat, InstanceInfo, InstanceStats, Load, decode
 from sglang_memserve.types import InstanceId
 
+from ..http.faults import plainly
 from .instances import Instances
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ class Poller:
                 return response.status, await _bounded(response)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             # ValueError: its URL cannot be parsed, or its host not looked up.
-            raise PeerUnreachable(f"{url}: {error or type(error).__name__}") from error
+            raise PeerUnreachable(f"{url}: {plainly(error)}") from error
 
 
 async def _bounded(response: aiohttp.ClientResponse) -> bytes:

@@ -170,7 +170,8 @@ class Client:
     async def break_off(self, why: str, tail: bytes) -> None:
         """End an event stream that goes on nowhere. ``tail``: the last bytes sent."""
         self.complete = True
-        end = stream_error(f"the instance broke off: {why}", tail)
+        message = f"request {self.request_id}: the instance broke off: {why}"
+        end = stream_error(message, tail)
         await self._send({"type": "http.response.body", "body": end})
 
     async def _start(self, answer: Answer, extra: Iterable[tuple[bytes, bytes]]) -> None:

@@ -238,7 +238,10 @@ def test_a_stream_that_breaks_ends_with_an_error_frame() -> None:
             response = await router.post("/generate", {**BODY, "stream": True})
             frames = (await response.read()).split(b"\n\n")
             assert frames[0] == b'data: {"text": "a"}'
-            assert "broke off" in orjson.loads(frames[2][6:])["error"]["message"]
+            message = orjson.loads(frames[2][6:])["error"]["message"]
+            named = response.headers["x-request-id"]
+            why = "the instance broke off: connection broke in the middle of the answer"
+            assert message == f"request {named}: {why}"
             assert frames[3:] == [b"data: [DONE]", b""]
 
     go(scenario())
