@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 from sglang_memserve.config import parse_size, parse_url
@@ -22,6 +23,7 @@ from .http.security import Keys, Tls
 from .policy.registry import POLICIES
 
 MAX_PROCESSES = 64
+TOKENIZER = "tokenizer.json"
 _LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
 _LOG_LEVEL_SPELLINGS = {"warn": "warning"}
 
@@ -121,6 +123,14 @@ class RouterConfig:
             if urls.count(url) > 1:
                 raise ConfigError(f"{url} is listed more than once")
 
+    def require_tokenizer(self) -> None:
+        """Raises ConfigError where ``model_path`` was given and holds no tokenizer."""
+        if self.model_path is not None and not Path(self.model_path, TOKENIZER).is_file():
+            raise ConfigError(
+                f"--model-path {self.model_path}: no {TOKENIZER} there. Give the model's folder, "
+                "or leave the flag out: then the instances' own is used"
+            )
+
     @property
     def limits(self) -> Limits:
         return Limits(
@@ -137,7 +147,8 @@ class RouterConfig:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        hint = " (--help lists the flags)" if message.startswith("unrecognized") else ""
+        raise ConfigError(message + hint)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
@@ -183,33 +194,90 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = RouterConfig()
     parser = _Parser(
         prog="python -m sglang_memserve.router",
         description="One URL for many SGLang instances that share their KV cache.",
-        epilog="sglang-router's flags are accepted as well.",
+        epilog="sglang-router's flags are accepted as well. Durations are seconds.",
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--config", metavar="FILE", help="flags and their values in YAML; the command line wins")
-    add("--host", default=defaults.host)
-    add("--port", type=int, default=defaults.port)
-    add("--processes", type=int, default=defaults.processes, metavar="N", help="behind the port")
-    where = parser.add_argument_group(
-        "instances", "Instances started with --router-url register themselves."
+    _add_serving(parser)
+    _add_instances(
+        parser.add_argument_group(
+            "instances", "Instances started with --router-url register themselves."
+        )
     )
-    where.add_argument("--instance", action="append", default=[], metavar="URL")
-    where.add_argument("--worker-urls", action="append", nargs="*", default=[], metavar="URL")
-    where.add_argument(
+    _add_routing(parser.add_argument_group("routing"))
+    _add_security(parser.add_argument_group("keys, TLS, browsers"))
+    _add_limits(parser.add_argument_group("deadlines and bounds"))
+    return parser
+
+
+def _add_serving(parser: argparse.ArgumentParser) -> None:
+    add, defaults = parser.add_argument, RouterConfig()
+    add("--config", metavar="FILE", help="flags and their values in YAML; the command line wins")
+    add("--host", default=defaults.host, help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=defaults.port, help="port to listen on (default: %(default)s)")
+    add(
+        "--processes",
+        type=int,
+        default=defaults.processes,
+        metavar="N",
+        help="processes behind the port (default: %(default)s)",
+    )
+    add(
+        "--log-level",
+        default=defaults.log_level,
+        metavar="LEVEL",
+        help=f"{', '.join(_LOG_LEVELS)} (default: %(default)s)",
+    )
+
+
+def _add_instances(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--instance",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="list an instance, or a plain SGLang server; may be given again (default: none)",
+    )
+    add(
+        "--worker-urls",
+        action="append",
+        nargs="*",
+        default=[],
+        metavar="URL",
+        help="the same, several at a time (default: none)",
+    )
+    add(
         "--prefill",
         action="append",
         nargs="+",
         default=[],
         metavar=("URL", "PORT"),
-        help="prefill here; a bootstrap port is accepted and not needed",
+        help="list one for prefill; a bootstrap port is accepted and not needed (default: none)",
     )
-    where.add_argument("--decode", action="append", nargs="+", default=[], metavar="URL")
-    add("--policy", default=defaults.policy, help=f"{_policy_names()} (default: %(default)s)")
+    add(
+        "--decode",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="list some for decode (default: none)",
+    )
+    defaults = RouterConfig()
+    _seconds(add, "--heartbeat-s", defaults.heartbeat_s, "how often instances say that they live")
+    _seconds(add, "--expire-s", defaults.expire_s, "who is silent that long gets nothing more")
+
+
+def _add_routing(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--policy",
+        default=RouterConfig().policy,
+        metavar="NAME",
+        help=f"{_policy_names()} (default: %(default)s)",
+    )
     add(
         "--bypass-tokens",
         type=int,
@@ -218,20 +286,56 @@ def _parser() -> argparse.ArgumentParser:
         "0: never a whole page (default: decide by cost)",
     )
     add("--model-path", metavar="DIR", help="tokenizer's folder (default: the instances' own)")
-    add("--api-key", help="asked of clients and sent to instances")
-    add("--admin-key", "--admin-api-key", help="asked for workers, flush, weights and the like")
-    add("--cors-origin", action="append", nargs="+", default=[], metavar="ORIGIN")
-    add("--ssl-certfile", metavar="FILE", help="serve https")
-    add("--ssl-keyfile", metavar="FILE")
-    add("--ssl-keyfile-password", metavar="WORD")
-    add("--ssl-ca-certs", metavar="FILE", help="clients need a certificate of these authorities")
-    add("--instance-ca-certs", metavar="FILE", help="who vouches for https instances")
-    add("--heartbeat-s", type=float, default=defaults.heartbeat_s, metavar="S")
-    add("--expire-s", type=float, default=defaults.expire_s, metavar="S")
-    add("--request-timeout-s", type=float, default=defaults.request_timeout_s, metavar="S")
-    add("--connect-timeout-s", type=float, default=defaults.connect_timeout_s, metavar="S")
-    add("--stall-timeout-s", type=float, default=defaults.stall_timeout_s, metavar="S")
-    add("--drain-timeout-s", type=float, default=defaults.drain_timeout_s, metavar="S")
+
+
+def _add_security(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--api-key", metavar="KEY", help="asked of clients, sent to instances (default: none)")
+    add(
+        "--admin-key",
+        "--admin-api-key",
+        metavar="KEY",
+        help="asked for workers, flush, weights and the like (default: the API key)",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="let browsers' scripts of these origins in (default: none)",
+    )
+    add("--ssl-certfile", metavar="FILE", help="serve https with this certificate (default: http)")
+    add("--ssl-keyfile", metavar="FILE", help="its key (default: in the certificate's file)")
+    add("--ssl-keyfile-password", metavar="WORD", help="opens the key (default: none)")
+    add(
+        "--ssl-ca-certs",
+        metavar="FILE",
+        help="clients need a certificate of these authorities (default: none is asked for)",
+    )
+    add(
+        "--instance-ca-certs",
+        metavar="FILE",
+        help="who vouches for https instances (default: the system's authorities)",
+    )
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    add, defaults = group.add_argument, RouterConfig()
+    _seconds(add, "--request-timeout-s", defaults.request_timeout_s, "a whole request")
+    _seconds(add, "--connect-timeout-s", defaults.connect_timeout_s, "connecting to an instance")
+    _seconds(
+        add, "--stall-timeout-s", defaults.stall_timeout_s, "between two frames of an event stream"
+    )
+    _seconds(
+        add, "--fetch-timeout-s", defaults.fetch_timeout_s, "one instance's fetch from another"
+    )
+    _seconds(
+        add,
+        "--drain-timeout-s",
+        defaults.drain_timeout_s,
+        "what runs may go on after a SIGTERM",
+    )
     add(
         "--max-concurrent-requests",
         type=int,
@@ -239,12 +343,30 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="what comes beyond waits in a queue (default: %(default)s)",
     )
-    add("--queue-size", type=int, default=defaults.queue_size, metavar="N")
-    add("--queue-timeout-s", type=float, default=defaults.queue_timeout_s, metavar="S")
-    add("--fetch-timeout-s", type=float, default=defaults.fetch_timeout_s, metavar="S")
-    add("--max-body-bytes", default=str(defaults.max_body_bytes), metavar="SIZE")
-    add("--log-level", default=defaults.log_level, help=", ".join(_LOG_LEVELS))
-    return parser
+    add(
+        "--queue-size",
+        type=int,
+        default=defaults.queue_size,
+        metavar="N",
+        help="what comes beyond is refused with 429 (default: %(default)s)",
+    )
+    _seconds(add, "--queue-timeout-s", defaults.queue_timeout_s, "waiting in it; then 429")
+    add(
+        "--max-body-bytes",
+        default=str(defaults.max_body_bytes),
+        metavar="SIZE",
+        help="of a request, in bytes or as 64MiB (default: %(default)s bytes)",
+    )
+
+
+def _seconds(add: Callable[..., argparse.Action], flag: str, default: float, what: str) -> None:
+    add(
+        flag,
+        type=float,
+        default=default,
+        metavar="S",
+        help=f"{what}, in seconds (default: %(default)g)",
+    )
 
 
 def _policy_names() -> str:

@@ -39,8 +39,10 @@ POLICY_SPELLINGS = {
     "random": "round-robin",
 }
 POLICY_REFUSED = {
-    "manual": "policy manual has no counterpart: use session, and send a session_id",
-    "bucket": "policy bucket has no counterpart: use cost, which knows how long prompts are",
+    "manual": "policy manual has no counterpart: use session, which keeps requests with the same "
+    "'session_id' (a field of the body, beside 'model') on one instance",
+    "bucket": "policy bucket has no counterpart: use cost, which knows how long prompts are; or "
+    "session, by 'session_id' (a field of the body, beside 'model')",
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from sglang_memserve.errors import ConfigError
-from sglang_memserve.router.config import RouterConfig, StaticInstance, parse_args
+from sglang_memserve.router.__main__ import main
+from sglang_memserve.router.config import RouterConfig, StaticInstance, _parser, parse_args
 from sglang_memserve.types import InstanceId, Role
 
 
@@ -88,3 +91,39 @@ def test_mistakes_are_one_line(argv: str, message: str) -> None:
         parse_args(argv.split())
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_help_gives_every_flag_a_meaning_and_a_default(capsys: pytest.CaptureFixture[str]) -> None:
+    for action in _parser()._actions:
+        flag = action.option_strings[-1]
+        assert action.help, flag
+        assert "default" in action.help or flag in ("--help", "--config"), flag
+        assert not flag.endswith("-s") or "seconds" in action.help, flag
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "a whole request, in seconds (default: 600)" in shown
+
+
+def test_an_unknown_flag_points_to_help() -> None:
+    with pytest.raises(
+        ConfigError, match=r"unrecognized arguments: --prot.*--help lists the flags"
+    ):
+        parse_args(["--prot", "1"])
+
+
+def test_a_model_folder_that_is_none_is_refused_at_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model-path", "/nosuch"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --model-path /nosuch: no tokenizer.json there")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    RouterConfig(model_path=str(tmp_path)).require_tokenizer()
+    RouterConfig().require_tokenizer()
+
+
+@pytest.mark.parametrize("policy", ["manual", "bucket"])
+def test_a_policy_without_a_counterpart_says_where_the_session_goes(policy: str) -> None:
+    with pytest.raises(ConfigError, match=r"session_id.*field of the body"):
+        parse_args(["--policy", policy])
