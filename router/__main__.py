@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The process's exit status: 0 after a SIGTERM or Ctrl-C, 2 for a bad command line."""
+    """The process's exit status: 0 after a SIGTERM, SIGHUP or Ctrl-C, 2 for a bad command line."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         config, place = parse_args(words), read_place()

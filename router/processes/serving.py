@@ -13,7 +13,7 @@ import uvicorn
 
 from ..app import running
 from ..config import RouterConfig
-from ..control.drain import DrainingServer
+from ..control.drain import DrainingServer, Obeyed, is_hangup_heard
 from ..http.connection import BoundedProtocol
 from ..http.listening import listen, shown
 from ..http.replies import App
@@ -30,13 +30,15 @@ CLOSE_S = 3
 
 
 def run(config: RouterConfig, place: Place | None) -> None:
-    """Until SIGTERM or SIGINT. ``place``: if this is one of several processes.
+    """Until SIGTERM, SIGINT or SIGHUP. ``place``: if this is one of several processes.
 
     Raises ConfigError when the port cannot be had.
     """
     # uvicorn raises the signals it caught once more when it has shut down; that is not a crash.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _ignore)
+    if is_hangup_heard():
+        signal.signal(signal.SIGHUP, _ignore)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         if place is None:
             with listen(config.host, config.port) as listener:
@@ -47,14 +49,14 @@ def run(config: RouterConfig, place: Place | None) -> None:
 
 
 async def serve(config: RouterConfig, listener: socket.socket) -> None:
-    """Until SIGTERM or SIGINT: see ``drain``."""
+    """Until SIGTERM, SIGINT or SIGHUP: see ``drain``."""
     admission = Admission(config.limits)
     async with running(config, admission=admission) as app:
         host, port = listener.getsockname()[:2]
         _warn_of_strangers(config, host)
         where = shown(config.tls.scheme, host, port)
         print(f"router listening on {where} (policy {config.policy})", flush=True)
-        await _server(app, config, admission).serve(sockets=[listener])
+        await _server(app, config, admission, Obeyed.ALL).serve(sockets=[listener])
 
 
 async def _serve_with_others(config: RouterConfig, place: Place) -> None:
@@ -69,15 +71,16 @@ async def _serve_with_others(config: RouterConfig, place: Place) -> None:
         if place.index == 0:
             _warn_of_strangers(config, config.host)
         listener = stack.enter_context(listen(config.host, config.port, socket.SO_REUSEPORT))
-        signs = asyncio.create_task(siblings.give_signs(), name="signs of life")
+        server = _server(app, config, admission, Obeyed.TERM)
+        signs = asyncio.create_task(siblings.give_signs(server.drain), name="signs of life")
         try:
-            await _server(app, config, admission).serve(sockets=[listener])
+            await server.serve(sockets=[listener])
         finally:
             signs.cancel()
             await asyncio.gather(signs, return_exceptions=True)
 
 
-def _server(app: App, config: RouterConfig, admission: Admission) -> DrainingServer:
+def _server(app: App, config: RouterConfig, admission: Admission, obeyed: Obeyed) -> DrainingServer:
     settings = uvicorn.Config(
         app,
         lifespan="off",
@@ -93,7 +96,7 @@ def _server(app: App, config: RouterConfig, admission: Admission) -> DrainingSer
         proxy_headers=False,
         **config.tls.uvicorn_options(),
     )
-    return DrainingServer(settings, admission, config.drain_timeout_s)
+    return DrainingServer(settings, admission, config.drain_timeout_s, obeyed)
 
 
 def _warn_of_strangers(config: RouterConfig, host: str) -> None:

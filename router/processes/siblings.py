@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import struct
 from collections.abc import Callable, Mapping, Sequence
 
@@ -97,8 +96,9 @@ class Siblings:
             task.cancel()
         await asyncio.gather(*self._calls, return_exceptions=True)
 
-    async def give_signs(self) -> None:
-        """Say that the event loop turns, for as long as the supervisor lives; then end."""
+    async def give_signs(self, end: Callable[[], None]) -> None:
+        """Say that the event loop turns, for as long as the supervisor wants to hear it; then
+        ``end``."""
         loop = asyncio.get_running_loop()
         reading = asyncio.Event()
         os.set_blocking(self._place.lifeline, False)
@@ -113,7 +113,7 @@ class Siblings:
             pass
         finally:
             loop.remove_reader(self._place.lifeline)
-        signal.raise_signal(signal.SIGTERM)
+        end()
 
     # -- clients --
 

@@ -85,19 +85,31 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._status = 0
         self._serving: set[int] = set()
+        self._processes: set[asyncio.subprocess.Process] = set()
         self._has_served = False
         self._announced = False
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
+            loop.add_signal_handler(number, self._told_to_stop)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            loop.add_signal_handler(signal.SIGHUP, self._stopping.set)
         tasks = [
             asyncio.create_task(self._keep(index), name=f"process {index}")
             for index in range(self._config.processes)
         ]
         await asyncio.gather(*tasks)
         return self._status
+
+    def _told_to_stop(self) -> None:
+        if not self._stopping.is_set():
+            self._stopping.set()
+            return
+        # For a process it is the second signal then, which ends its draining.
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                process.terminate()
 
     async def _keep(self, index: int) -> None:
         failures = 0
@@ -138,6 +150,7 @@ class Supervisor:
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(),),
                 )
+            self._processes.add(process)
             ours.setblocking(False)
             signs = asyncio.create_task(self._read_signs(index, ours))
             stop = asyncio.create_task(self._stopping.wait())
@@ -149,6 +162,7 @@ class Supervisor:
                 return await ended
             finally:
                 self._serving.discard(index)
+                self._processes.discard(process)
                 for task in (signs, stop, ended):
                     task.cancel()
                 if process.returncode is None:

@@ -21,6 +21,7 @@ import psutil
 import pytest
 from sglang_memserve.protocol.http import Heartbeat, Load, Registration
 from sglang_memserve.router.processes.place import VARIABLE
+from sglang_memserve.router.processes.serving import CLOSE_S
 from sglang_memserve.types import Role
 from simulation.router_machines import Asked, Line, Machine, generated
 
@@ -190,7 +191,20 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_learns(number: signal.Sign
     go(scenario())
 
 
-def test_sigterm_lets_the_requests_of_all_processes_finish() -> None:
+@pytest.mark.parametrize(
+    ("number", "sent_to"),
+    [
+        (signal.SIGTERM, "one"),
+        (signal.SIGHUP, "one"),
+        (signal.SIGHUP, "all"),
+        (signal.SIGINT, "all"),
+    ],
+)
+def test_a_signal_lets_the_requests_of_all_processes_finish(
+    number: signal.Signals, sent_to: str
+) -> None:
+    """``all``: as a terminal does it."""
+
     async def scenario() -> None:
         release = asyncio.Event()
 
@@ -206,12 +220,37 @@ def test_sigterm_lets_the_requests_of_all_processes_finish() -> None:
             work = [asyncio.create_task(asking("POST", "/generate", BODY)) for _ in range(12)]
             await machine.wait_for("/generate", 12)
             assert (await routers.workers())[0]["in_flight_requests"] == 12
-            routers.process.send_signal(signal.SIGTERM)
-            await asyncio.sleep(0.3)
+            for pid in routers.pids if sent_to == "all" else ():
+                os.kill(pid, number)
+            routers.process.send_signal(number)
+            await asyncio.sleep(CLOSE_S + 1.5)
             release.set()
             assert {status for status, _ in await asyncio.gather(*work)} == {200}
             assert await asyncio.to_thread(routers.process.wait, START_S) == 0
             assert not any(psutil.pid_exists(pid) for pid in routers.pids)
+        await machine.stop()
+
+    go(scenario())
+
+
+def test_a_second_signal_ends_all_processes_at_once() -> None:
+    async def scenario() -> None:
+        async def never(asked: Asked, line: Line) -> None:
+            await line.until_closed()
+
+        machine = Machine(Role.BOTH, never)
+        await machine.start()
+        async with two_processes("--drain-timeout-s", "600") as routers:
+            await routers.ask("POST", "/memserve/register", Registration(machine.info()))
+            asking = routers.ask
+            work = [asyncio.create_task(asking("POST", "/generate", BODY)) for _ in range(6)]
+            await machine.wait_for("/generate", 6)
+            for _ in range(2):
+                routers.process.send_signal(signal.SIGTERM)
+                await asyncio.sleep(0.3)
+            assert await asyncio.to_thread(routers.process.wait, START_S) == 0
+            assert not any(psutil.pid_exists(pid) for pid in routers.pids)
+            await asyncio.gather(*work, return_exceptions=True)
         await machine.stop()
 
     go(scenario())

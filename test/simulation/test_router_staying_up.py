@@ -100,7 +100,18 @@ def test_a_frozen_instance_that_is_owed_an_abort_does_not_hold_up_the_end() -> N
     go(scenario())
 
 
-def test_sigterm_refuses_what_is_new_and_finishes_what_runs() -> None:
+@pytest.mark.parametrize(
+    "signals",
+    [
+        (signal.SIGTERM,),
+        (signal.SIGINT,),
+        (signal.SIGHUP, signal.SIGHUP),
+        (signal.SIGTERM, signal.SIGHUP),
+    ],
+)
+def test_a_signal_refuses_what_is_new_and_finishes_what_runs(
+    signals: tuple[signal.Signals, ...],
+) -> None:
     async def scenario() -> None:
         held = Held()
         d = Machine(Role.BOTH, held)
@@ -122,8 +133,10 @@ def test_sigterm_refuses_what_is_new_and_finishes_what_runs() -> None:
                     return bool((await (await router.get("/readiness")).json())["waiting"])
 
                 await until(queued)
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(signals[0])
                 sent_away = await waiting
+                for further in signals[1:]:
+                    process.send_signal(further)
                 refused = await router.post("/generate", BODY)
                 for response in (sent_away, refused):
                     assert (response.status, response.headers["retry-after"]) == (503, "5")
@@ -138,6 +151,30 @@ def test_sigterm_refuses_what_is_new_and_finishes_what_runs() -> None:
             process.kill()
             process.communicate()
             await d.stop()
+
+    go(scenario())
+
+
+def test_who_ignored_hangups_at_the_start_goes_on_doing_so() -> None:
+    async def scenario() -> None:
+        port = free_port()
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            process = run_router("--port", str(port))
+        finally:
+            signal.signal(signal.SIGHUP, before)
+        try:
+            assert process.stdout is not None
+            await asyncio.to_thread(process.stdout.readline)
+            process.send_signal(signal.SIGHUP)
+            async with aiohttp.ClientSession() as http:
+                router = Router(f"http://127.0.0.1:{port}", http, None)
+                for _ in range(5):
+                    assert not (await (await router.get("/readiness")).json())["draining"]
+                    await asyncio.sleep(0.05)
+        finally:
+            process.kill()
+            process.communicate()
 
     go(scenario())
 
