@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -31,6 +31,12 @@ ASK_S = 5.0
 MAX_BYTES = 16 * 2**20
 WINDOW = 10
 SHOWN_REQUESTS = 12
+# Below that many columns the bars go, and errors have lines of their own.
+NARROW = 120
+LEAST_URL = 15
+GAP = 2
+# What stands beside a URL where there is room, thirty of it for an error.
+WIDE_BESIDE = 120
 FUNNEL = (
     "requests",
     "prompt_tokens",
@@ -146,28 +152,71 @@ def _rates(past: Sequence[State]) -> RenderableType:
     return Panel(table, title="tokens", title_align="left")
 
 
-def _members(state: State) -> RenderableType:
-    table = Table(expand=True, box=None, pad_edge=False)
-    for title in ("instance", "role", "state", "events"):
-        table.add_column(title, no_wrap=True)
-    for title in ("run", "wait"):
-        table.add_column(title, justify="right")
-    for title in ("HBM", "", "DRAM", "", "last error"):
-        table.add_column(title, no_wrap=True)
-    for one in state["members"]:
-        breaker = "" if one["breaker"] == "closed" else f" (breaker {one['breaker']})"
-        table.add_row(
-            Text(one["url"]),
+class _Members:
+    """As much of every member as there are columns: which, what for and how it is, always."""
+
+    def __init__(self, members: Sequence[Mapping[str, Any]]) -> None:
+        self._members = members
+
+    def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+        narrow = options.max_width < NARROW
+        table = Table(expand=not narrow, box=None, pad_edge=False)
+        for title in ("instance", "role", "state", "events"):
+            table.add_column(title, no_wrap=True)
+        for title in ("run", "wait"):
+            table.add_column(title, justify="right", no_wrap=True)
+        for title in ("HBM", "DRAM"):
+            table.add_column(title, no_wrap=True, justify="right")
+            if not narrow:
+                table.add_column("", no_wrap=True)
+        if not narrow:
+            table.add_column("last error", no_wrap=True, overflow="ellipsis", ratio=1)
+        rows = [self._row(one, narrow) for one in self._members]
+        room = max(options.max_width - self._beside(rows, narrow), LEAST_URL)
+        for one, row in zip(self._members, rows, strict=True):
+            table.add_row(_ending(one["url"], room), *row)
+        yield table
+        if narrow:
+            for one in self._members:
+                if one["error"]:
+                    said = f"{_ending(one['url'], LEAST_URL)}: {one['error']}"
+                    yield Text(said, style="red", overflow="ellipsis", no_wrap=True)
+
+    def _row(self, one: Mapping[str, Any], narrow: bool) -> list[RenderableType]:
+        state = one["state"] if one["breaker"] == "closed" else f"{one['state']}/{one['breaker']}"
+        hbm = _bar(one["hbm_used_tokens"], one["hbm_total_tokens"])
+        dram = _bar(one["dram_used_bytes"], one["dram_total_bytes"])
+        row: list[RenderableType] = [
             one["role"],
-            _toned(one["state"] + breaker, one["state"]),
+            _toned(state, one["state"] if one["breaker"] == "closed" else one["breaker"]),
             _toned(one["source"] or "-", one["source"] or ""),
             str(max(one["running"], one["in_flight"])),
             str(one["waiting"]),
-            *_bar(one["hbm_used_tokens"], one["hbm_total_tokens"]),
-            *_bar(one["dram_used_bytes"], one["dram_total_bytes"]),
-            Text(one["error"] or "", style="red", overflow="ellipsis"),
+        ]
+        if narrow:
+            return [*row, hbm[1] or "-", dram[1] or "-"]
+        return [*row, *hbm, *dram, Text(one["error"] or "", style="red")]
+
+    def _beside(self, rows: Sequence[Sequence[RenderableType]], narrow: bool) -> int:
+        """Columns that the others need, with the gaps between."""
+        if not narrow:
+            return WIDE_BESIDE
+        titles = ("role", "state", "events", "run", "wait", "HBM", "DRAM")
+        return sum(
+            GAP + max(len(title), *(len(str(row[at])) for row in rows), 0)
+            for at, title in enumerate(titles)
         )
-    return Panel(table, title=f"{len(state['members'])} members", title_align="left")
+
+
+def _members(state: State) -> RenderableType:
+    members = state["members"]
+    return Panel(_Members(members), title=f"{len(members)} members", title_align="left")
+
+
+def _ending(url: str, room: int) -> Text:
+    """The end tells instances apart: host and port."""
+    short = url.removeprefix("http://")
+    return Text(short if len(short) <= room else "…" + short[1 - room :])
 
 
 def _requests(state: State) -> RenderableType:

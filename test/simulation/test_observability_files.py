@@ -151,3 +151,43 @@ def test_top_makes_rates_of_two_states() -> None:
         # A router that was started anew counts from nothing: no rates below zero.
         console.print(top.frame([state(10.0, 100), state(14.0, 40)]))
         assert "-15" not in console.export_text()
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_top_shows_role_state_and_port_of_everybody(width: int) -> None:
+    def member(number: int, state: str, breaker: str, role: str) -> dict[str, Any]:
+        return {
+            **{
+                "url": f"http://node-{number}.a-long-cluster-name.example.internal:{30000 + number}"
+            },
+            **{"role": role, "state": state, "breaker": breaker, "source": "exact"},
+            **{"running": 120, "in_flight": 3, "waiting": 1024},
+            **{"hbm_used_tokens": 10, "hbm_total_tokens": 10},
+            **{"dram_used_bytes": 10, "dram_total_bytes": 10},
+            "error": "connection broke in the middle of the answer " * 3
+            if breaker == "open"
+            else None,
+        }
+
+    members = [
+        member(1, "ready", "closed", "prefill"),
+        member(2, "unhealthy", "closed", "decode"),
+        member(3, "ready", "open", "both"),
+        member(4, "starting", "half_open", "both"),
+    ]
+    router = {"model": "m", "policy": "cost", "uptime_s": 1, "version": "1"}
+    state = {
+        **{"at": 1.0, "totals": dict.fromkeys(top.FUNNEL, 5), "router": router},
+        **{"members": members, "living": [], "ended": [], "living_total": 0},
+    }
+    with open("/dev/null", "w") as nowhere:
+        console = Console(width=width, record=True, file=nowhere)
+        console.print(top.frame([state]))
+    lines = console.export_text().splitlines()
+    for one in members:
+        port = one["url"].rpartition(":")[2]
+        (line, *_) = [line for line in lines if f":{port}" in line]
+        for word in (one["role"], one["state"], one["source"], "120", "1024"):
+            assert word in line, line
+    assert any("connection broke" in line for line in lines)
+    assert all(len(line) <= width for line in lines)
