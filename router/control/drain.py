@@ -19,7 +19,7 @@ from enum import Enum
 from types import FrameType
 
 import uvicorn
-from sglang_memserve.types import InstanceId
+from sglang_memserve.types import Generation, InstanceId
 
 from ..members.instances import Instances
 from ..members.member import State
@@ -107,22 +107,34 @@ class Leaving:
 
     def begin(self, instance: InstanceId, limit_s: float) -> None:
         """Again with another limit is fine. Raises ConfigError for an unknown instance."""
-        self._instances.drain(instance)
+        generation = self._instances.drain(instance)
         if (before := self._tasks.pop(instance, None)) is not None:
             before.cancel()
-        task = asyncio.create_task(self._see_off(instance, limit_s), name=f"draining {instance}")
+        if not self._works(instance, generation):
+            self._instances.dismiss(instance, generation)
+            return
+        task = asyncio.create_task(
+            self._see_off(instance, generation, limit_s), name=f"draining {instance}"
+        )
         self._tasks[instance] = task
 
-    async def _see_off(self, instance: InstanceId, limit_s: float) -> None:
+    def _works(self, instance: InstanceId, generation: Generation) -> bool:
+        """Whether this boot is still being drained and has something to do."""
+        return any(
+            member.id == instance
+            and member.generation == generation
+            and member.state is State.DRAINING
+            and member.in_flight_requests > 0
+            for member in self._instances.members()
+        )
+
+    async def _see_off(self, instance: InstanceId, generation: Generation, limit_s: float) -> None:
         until = asyncio.get_running_loop().time() + limit_s
         while asyncio.get_running_loop().time() < until:
-            member = next((m for m in self._instances.members() if m.id == instance), None)
-            if member is None or member.state is not State.DRAINING:
-                break
-            if not member.in_flight_requests:
+            if not self._works(instance, generation):
                 break
             await asyncio.sleep(POLL_S)
-        self._instances.dismiss(instance)
+        self._instances.dismiss(instance, generation)
         if self._tasks.get(instance) is asyncio.current_task():
             del self._tasks[instance]
 

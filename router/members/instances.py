@@ -121,7 +121,7 @@ class Instances:
     # -- what the operator says, and what asking listed URLs showed --
 
     def add_static(self, url: str, role: Role | None = None) -> InstanceId:
-        """List a URL: it is STARTING until it answers. ``role`` overrides its own.
+        """List a URL: it is STARTING until it answers. ``role`` overrides its own. A drain ends.
 
         Raises ConfigError for a malformed URL.
         """
@@ -131,6 +131,12 @@ class Instances:
         if member is None:
             member = self._new_member(instance, _UNKNOWN, role or Role.BOTH)
             self._members[instance] = member
+        elif member.draining:
+            member.draining = False
+            if member.generation == _UNKNOWN:
+                member.state = State.STARTING
+            else:
+                member.turn(State.READY)
         member.static = True
         member.fixed_role = role
         member.take(role or member.role)
@@ -155,6 +161,8 @@ class Instances:
         self._require_same_model(listed, model)
         if member.attached:
             self._lose(member, "answers without MemServe now")
+            if listed not in self._members:
+                return
             member = self._members[listed]
         member.generation = _PLAIN
         member.info = None
@@ -173,26 +181,24 @@ class Instances:
         if member.attached and self._clock() - member.seen_at > FORGET_FACTOR * self._expire_s:
             self._lose(member, error)
 
-    def drain(self, instance: InstanceId) -> None:
-        """Send nothing more there; what is in flight goes on. Raises ConfigError if unknown."""
+    def drain(self, instance: InstanceId) -> Generation:
+        """Send nothing more to this boot, which is returned; what is in flight goes on. Another
+        boot, or being added by hand, ends it. Raises ConfigError if unknown."""
         member = self._require(instance)
         member.draining = True
         member.turn(State.DRAINING)
+        return member.generation
 
     def remove(self, instance: InstanceId) -> None:
-        """Forget it (it may register again). Raises ConfigError if unknown."""
+        """Forget it; it may register again, unless it was draining. Raises ConfigError if it is
+        unknown."""
         self._remove(self._require(instance), "was removed")
 
-    def dismiss(self, instance: InstanceId) -> None:
-        """Remove it for as long as it is this boot: what it says is heard politely and ignored.
-        Added by hand it is back. The unknown are ignored."""
+    def dismiss(self, instance: InstanceId, generation: Generation) -> None:
+        """This boot's drain is over: remove it. A drain that ended otherwise is ignored."""
         member = self._members.get(instance)
-        if member is None:
-            return
-        self._remove(member, "was drained")
-        self._dismissed[instance] = member.generation
-        while len(self._dismissed) > _REMEMBERED:
-            del self._dismissed[next(iter(self._dismissed))]
+        if member is not None and member.draining and member.generation == generation:
+            self._remove(member, "was drained")
 
     def assign(self, instance: InstanceId, role: Role) -> None:
         """A role from the operator, which holds for a listed URL whatever it says itself."""
@@ -392,10 +398,10 @@ class Instances:
         return Member(instance, generation, role, Breaker(self._breaker), self._clock())
 
     def _replace(self, old: Member) -> Member:
-        """The same place for another boot: nothing is carried over but the operator's words.
-        Requests in flight to the old one keep counting there, where nobody looks."""
+        """The same place for another boot: nothing is carried over but the operator's words about
+        the place. Requests in flight to the old one keep counting there, where nobody looks."""
         new = self._new_member(old.id, _UNKNOWN, old.role)
-        new.static, new.fixed_role, new.draining = old.static, old.fixed_role, old.draining
+        new.static, new.fixed_role = old.static, old.fixed_role
         new.reached = old.reached
         return new
 
@@ -407,7 +413,10 @@ class Instances:
         member.turn(State.DRAINING if member.draining else State.READY)
 
     def _lose(self, member: Member, error: str) -> None:
-        """A listed URL stays on the list when what was there has gone."""
+        """A listed URL stays on the list when what was there has gone, unless it was to go."""
+        if member.draining:
+            self._remove(member, error)
+            return
         if member.attached:
             self._detach(member)
         fresh = self._replace(member)
@@ -417,6 +426,11 @@ class Instances:
         self._members[member.id] = fresh
 
     def _remove(self, member: Member, why: str) -> None:
+        """However a drain ends, its boot stays away: what it says is heard politely and ignored."""
+        if member.draining:
+            self._dismissed[member.id] = member.generation
+            while len(self._dismissed) > _REMEMBERED:
+                del self._dismissed[next(iter(self._dismissed))]
         if member.attached:
             self._detach(member)
         del self._members[member.id]

@@ -39,11 +39,12 @@ MAX_FRAME_BYTES = 256 * 2**20
 MAX_SHARED_BODY_BYTES = 64 * 2**10
 MAX_JOURNAL = 1000
 JOURNAL = Call("JOURNAL", "", b"", b"")
+REGISTER = "/memserve/register"
 HEARTBEAT = "/memserve/heartbeat"
 WORKERS = "/workers"
 
 _LENGTH = struct.Struct("<I")
-_INSTANCES_WORDS = frozenset({"/memserve/register", HEARTBEAT, "/memserve/deregister"})
+_INSTANCES_WORDS = frozenset({REGISTER, HEARTBEAT, "/memserve/deregister"})
 _OPERATORS_WORDS = frozenset({WORKERS, "/add_worker", "/remove_worker"})
 _UNRECORDED = frozenset({HEARTBEAT, "/abort_request"})
 _MERGED: Mapping[str, Callable[[bytes, Sequence[bytes]], bytes]] = {WORKERS: merge.workers}
@@ -171,6 +172,9 @@ class Siblings:
         assert self._app is not None
         answer = await ask(self._app, call, scope)
         if answer.succeeded and is_shared(call.method, call.path) and call.path not in _UNRECORDED:
+            if call.path == REGISTER and call in self._journal:
+                # Moved behind a drain it would undo that; one that is missed registers again.
+                return answer
             # The last time counts: said before, it is not said twice.
             self._journal.pop(call, None)
             self._journal[call] = None

@@ -191,6 +191,46 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_learns(number: signal.Sign
     go(scenario())
 
 
+def test_a_process_that_starts_again_learns_which_boot_was_drained() -> None:
+    async def scenario() -> None:
+        upgraded, drained = Machine(Role.BOTH), Machine(Role.BOTH)
+        await upgraded.start()
+        await drained.start()
+        async with two_processes() as routers:
+
+            async def register(machine: Machine, boot: str) -> None:
+                info = msgspec.structs.replace(machine.info(), generation=boot)
+                status, _ = await routers.ask("POST", "/memserve/register", Registration(info))
+                assert status == 200
+
+            async def drain(machine: Machine) -> None:
+                path = f"/workers/{quote(machine.url, '')}?drain=true"
+                assert (await routers.ask("DELETE", path))[0] == 202
+
+            await register(upgraded, "A")
+            await drain(upgraded)
+            await register(upgraded, "B")
+            await register(drained, "A")
+            await drain(drained)
+            # As it does when one process was away for a moment and did not know it.
+            await register(drained, "A")
+            await routers.everybody_knows(upgraded.url)
+            victim = psutil.Process(routers.pids[0])
+            victim.kill()
+            await asyncio.to_thread(victim.wait, START_S)
+            await routers.until_whole_again()
+            for _ in range(ENOUGH):
+                states = [(one["url"], one["state"]) for one in await routers.workers()]
+                assert states == [(upgraded.url, "ready")]
+            answers = [await routers.ask("POST", "/generate", BODY) for _ in range(ENOUGH)]
+            assert {status for status, _ in answers} == {200}
+            assert not drained.to("/generate")
+        await upgraded.stop()
+        await drained.stop()
+
+    go(scenario())
+
+
 @pytest.mark.parametrize(
     ("number", "sent_to"),
     [

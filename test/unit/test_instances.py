@@ -126,7 +126,7 @@ def test_a_flap_keeps_the_pages_and_a_long_silence_does_not(fleet: Fleet) -> Non
 def test_who_says_that_nobody_is_there_names_those_that_left(fleet: Fleet) -> None:
     fleet.instances.register(info(A))
     fleet.instances.register(info(B, generation="b1"))
-    fleet.instances.dismiss(A)
+    fleet.instances.dismiss(A, fleet.instances.drain(A))
     assert fleet.instances.absent() == {A: "left: was drained"}
     assert fleet.instances.absent([B]) == {B: "failed this request", A: "left: was drained"}
     fleet.instances.deregister(B, "b1")
@@ -160,8 +160,7 @@ def test_the_log_tells_who_comes_and_goes_once(
     fleet.beat(role="decode")
     fleet.instances.assign(A, Role.PREFILL)
     assert told() == [f"{A} is ready again", f"{A} is for prefill now, was for decode"]
-    fleet.instances.drain(A)
-    fleet.instances.dismiss(A)
+    fleet.instances.dismiss(A, fleet.instances.drain(A))
     assert told() == [f"{A} drains, 0 requests in flight", f"{A} left: was drained"]
     fleet.instances.register(info(A, generation="g2"))
     fleet.instances.deregister(A, "g2")
@@ -272,17 +271,86 @@ def test_roles_change_at_run_time(fleet: Fleet) -> None:
     assert fleet.recorder.told == [f"joined {A} g1", f"beat {A} 7"]
 
 
-def test_draining_outlasts_heartbeats_and_reboots(fleet: Fleet) -> None:
+def test_a_drain_is_of_one_boot(fleet: Fleet) -> None:
     fleet.instances.register(info())
-    fleet.instances.drain(A)
+    drained = fleet.instances.drain(A)
+    fleet.instances.register(info())
     fleet.beat()
     assert fleet.usable() == []
     assert fleet.instances.unavailable() == {A: "draining"}
     fleet.instances.register(info(generation="g2"))
-    assert fleet.member().state is State.DRAINING
+    assert fleet.usable() == [A]
+    fleet.instances.dismiss(A, drained)
+    assert fleet.usable() == [A]
     fleet.instances.remove(A)
     with pytest.raises(ConfigError, match="unknown instance"):
         fleet.instances.drain(A)
+
+
+def test_however_a_drain_ends_its_boot_stays_away(fleet: Fleet) -> None:
+    def dismissed() -> None:
+        fleet.instances.dismiss(A, Generation("g1"))
+
+    def removed() -> None:
+        fleet.instances.remove(A)
+
+    def left() -> None:
+        fleet.instances.deregister(A, "g1")
+
+    def silent() -> None:
+        fleet.now += 31.0
+        fleet.instances.expire()
+        fleet.instances.unreachable(A, "timed out")
+
+    def without_mempool() -> None:
+        fleet.instances.answered_plain(A, "model", LOAD)
+        fleet.instances.unreachable(A, "timed out")
+
+    for listed in (False, True):
+        for end in (dismissed, removed, left, silent, *((without_mempool,) * listed)):
+            fleet.instances.register(info(generation="g0"))
+            fleet.instances.register(info())
+            if listed:
+                fleet.instances.add_static(A)
+            fleet.instances.drain(A)
+            end()
+            assert fleet.instances.members() == [], (end, listed)
+            assert [gone.state for gone in fleet.instances.gone()] == [State.LEFT]
+            assert fleet.beat()
+            fleet.instances.register(info())
+            fleet.instances.answered(A, info())
+            assert fleet.instances.members() == [], (end, listed)
+            fleet.instances.register(info(generation="g2"))
+            assert fleet.usable() == [A]
+            fleet.instances.remove(A)
+
+
+def test_added_by_hand_a_drained_instance_is_back(fleet: Fleet) -> None:
+    fleet.instances.register(info())
+    drained = fleet.instances.drain(A)
+    fleet.instances.add_static(A)
+    assert fleet.usable() == [A]
+    fleet.instances.dismiss(A, drained)
+    assert fleet.usable() == [A]
+    fleet.instances.drain(A)
+    fleet.instances.dismiss(A, drained)
+    fleet.instances.add_static(A)
+    assert fleet.member().state is State.STARTING
+    fleet.instances.answered(A, info())
+    assert fleet.usable() == [A]
+    # One that was never heard of has nothing to be used for yet.
+    fleet.instances.add_static(B)
+    fleet.instances.drain(B)
+    fleet.instances.add_static(B)
+    assert fleet.member(B).state is State.STARTING
+
+
+def test_what_answers_without_mempool_now_is_plain_at_once(fleet: Fleet) -> None:
+    fleet.instances.add_static(A)
+    fleet.instances.answered(A, info())
+    fleet.instances.answered_plain(A, "model", LOAD)
+    assert fleet.usable() == [A]
+    assert not fleet.member().has_mempool
 
 
 def test_listed_urls(fleet: Fleet) -> None:
