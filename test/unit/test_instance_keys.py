@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 
 pytest.importorskip("sglang")
 
+import aiohttp
 import httpx
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from fastapi import FastAPI
 from sglang.srt.utils.auth import add_api_key_middleware
-from sglang_memserve.errors import PeerUnreachable
+from sglang_memserve.config import InstanceConfig
+from sglang_memserve.errors import PeerError, PeerUnreachable
 from sglang_memserve.plugin import routes
+from sglang_memserve.plugin.agent import InstanceAgent
 from sglang_memserve.plugin.answers import open_routes
 from sglang_memserve.plugin.pool_size import pool_routes
 from sglang_memserve.plugin.verb_routes import verb_routes
 from sglang_memserve.protocol.access import MEMSERVE_CONTROL, key_for
+from sglang_memserve.types import Generation, InstanceId, Role
 
 # SGLang's own way to answer 401.
 pytestmark = pytest.mark.filterwarnings("ignore:ORJSONResponse is deprecated")
@@ -96,3 +103,31 @@ def test_what_the_router_shows_is_let_in(keys: tuple[str | None, str | None]) ->
     for _, path in (*SHOWN, *CONTROL):
         assert statuses(keys, key_for(path, *keys))[path] != 401
     assert {path for _, path in CONTROL} == MEMSERVE_CONTROL
+
+
+@pytest.mark.parametrize(("admin", "flag"), [(None, "--api-key"), ("admin", "--admin-api-key")])
+def test_a_router_that_takes_another_key_is_named_with_the_flag(
+    admin: str | None, flag: str, tmp_path: Path
+) -> None:
+    async def refuse(_: web.Request) -> web.Response:
+        return web.json_response({"error": "Unauthorized"}, status=401)
+
+    async def scenario() -> None:
+        config = InstanceConfig(
+            role=Role.BOTH,
+            url=InstanceId("http://127.0.0.1:1"),
+            generation=Generation("g"),
+            peer_host="127.0.0.1",
+            runtime_dir=str(tmp_path),
+            mempool_dram_bytes=2**20,
+        )
+        silent: Any = Silent()
+        agent = InstanceAgent(config, silent, print, api_key="api", admin_key=admin)
+        app = web.Application()
+        app.router.add_post("/memserve/register", refuse)
+        async with TestServer(app) as router, aiohttp.ClientSession() as session:
+            agent._session = session
+            with pytest.raises(PeerError, match=f"does not take this instance's {flag} "):
+                await agent._post(str(router.make_url("/memserve/register")), b"{}")
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
