@@ -46,6 +46,9 @@ def run(config: RouterConfig, place: Place | None) -> None:
             logger.info("the router has ended")
         else:
             runner.run(_serve_with_others(config, place))
+    # Python takes handlers back while it ends, and a signal then would look like a crash.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 async def serve(config: RouterConfig, listener: socket.socket) -> None:
