@@ -40,8 +40,6 @@ from typing import Any
 import psutil
 from sglang_memserve.hashing import page_keys, short_keys
 from sglang_memserve.protocol.events import BlockStored
-from sglang_memserve.protocol.handshake import layout_hash
-from sglang_memserve.protocol.http import InstanceInfo, RankInfo
 from sglang_memserve.router.cost.backlog import Ending
 from sglang_memserve.router.cost.bookings import Booking, Bookings, Order
 from sglang_memserve.router.cost.learned import CostModel
@@ -50,14 +48,14 @@ from sglang_memserve.router.policy.base import Rotation
 from sglang_memserve.router.policy.registry import make_policy
 from sglang_memserve.router.request.placement import key_prompts, look_up, prompt_of
 from sglang_memserve.router.tree.merged import MergedTree, merged_tree
-from sglang_memserve.types import InstanceId, Namespace, ShortKey, Tier
+from sglang_memserve.types import InstanceId, ShortKey, Tier
 
 from benchmark.harness import report
+from benchmark.router.described import PAGE, instance_info
 
-PAGE, PROMPT_PAGES, SHARED_PAGES = 16, 500, 62
+PROMPT_PAGES, SHARED_PAGES = 500, 62
 EVENT_PAGES = 16
 VOCABULARY = 50_000
-NAMESPACE = Namespace("m", "w", "bfloat16", PAGE, 1, 1, 8, 8, 0, 1)
 PEER = Path(__file__).with_name("dynamo_tree.py")
 
 
@@ -112,7 +110,8 @@ class Router:
         self.instances = Instances(time.monotonic, expire_s=1e6)
         source = random.Random(3)
         for number in range(instances):
-            self.instances.register(info(number, "decode" if number % 2 else "prefill"))
+            role = "decode" if number % 2 else "prefill"
+            self.instances.register(instance_info(url(number), f"g{number}", role))
             for _ in range(5):
                 new, cached = source.randrange(100, 8000), source.randrange(0, 8000)
                 self.costs.observe_prefill(url(number), new, cached, 0.01 + 1e-4 * new)
@@ -168,24 +167,6 @@ class Router:
             "decision": sum(parts),
             "book": (booked - marks[-1] + released) * 1e6,
         }
-
-
-def info(number: int, role: str) -> InstanceInfo:
-    return InstanceInfo(
-        protocol=1,
-        url=url(number),
-        generation=f"g{number}",
-        role=role,
-        model_path="/models/m",
-        served_model_name="m",
-        layout_hash=layout_hash(NAMESPACE),
-        namespace=NAMESPACE,
-        page_size=PAGE,
-        context_length=100_000,
-        max_total_tokens=1_000_000,
-        events_address="tcp://127.0.0.1:1",
-        ranks=[RankInfo(0, "tcp://127.0.0.1:2", "tcp://127.0.0.1:1", 10, NAMESPACE.block_bytes)],
-    )
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:

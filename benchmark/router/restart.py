@@ -34,15 +34,13 @@ import msgspec
 import psutil
 from aiohttp import web
 from sglang_memserve.protocol.events import BlockStored, Snapshot, encode_snapshot
-from sglang_memserve.protocol.handshake import layout_hash
-from sglang_memserve.protocol.http import InstanceInfo, RankInfo
-from sglang_memserve.types import Namespace, Tier
+from sglang_memserve.types import Tier
 
 from benchmark.harness import report, spread
 from benchmark.micro.router_overhead import free_port
+from benchmark.router.described import PAGE, instance_info
 
-PAGE, PROMPT_PAGES = 16, 500
-NAMESPACE = Namespace("m", "w", "bfloat16", PAGE, 1, 1, 8, 8, 0, 1)
+PROMPT_PAGES = 500
 LIMIT_S = 120.0
 POLL_S = 0.02
 
@@ -93,21 +91,7 @@ class Fleet:
     async def _info(self, request: web.Request) -> web.Response:
         port = request.url.port
         role = "decode" if self.ports.index(port or 0) % 2 else "prefill"
-        info = InstanceInfo(
-            protocol=1,
-            url=f"http://127.0.0.1:{port}",
-            generation=f"boot {port}",
-            role=role,
-            model_path="/models/m",
-            served_model_name="m",
-            layout_hash=layout_hash(NAMESPACE),
-            namespace=NAMESPACE,
-            page_size=PAGE,
-            context_length=100_000,
-            max_total_tokens=1_000_000,
-            events_address="tcp://127.0.0.1:9",
-            ranks=[RankInfo(0, "tcp://127.0.0.1:9", "tcp://127.0.0.1:9", 10, 128)],
-        )
+        info = instance_info(f"http://127.0.0.1:{port}", f"boot {port}", role)
         return web.Response(body=msgspec.json.encode(info), content_type="application/json")
 
     async def _snapshot(self, request: web.Request) -> web.Response:
@@ -175,7 +159,7 @@ def one_round(urls: Sequence[str], pages: int) -> dict[str, float]:
         return {"answers_s": answers, "serves_s": serves, "exact_s": known, "mib": round(memory)}
     finally:
         os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        process.wait(LIMIT_S)
 
 
 def main() -> None:

@@ -44,12 +44,10 @@ from typing import Any
 import msgspec
 import psutil
 from sglang_memserve.protocol.events import Snapshot, encode_snapshot
-from sglang_memserve.protocol.handshake import layout_hash
-from sglang_memserve.protocol.http import InstanceInfo, RankInfo
-from sglang_memserve.types import Namespace
 
 from benchmark.harness import report, spread
 from benchmark.micro.router_overhead import WORDS, free_port, make_tokenizer
+from benchmark.router.described import instance_info
 
 HERE = Path(__file__).parent
 START_S = 30.0
@@ -273,22 +271,7 @@ def build(folder: Path) -> None:
 
 def describe_worker(folder: Path, port: int) -> list[str]:
     """The fixed answers of a MemServe instance that holds nothing: paths and files."""
-    namespace = Namespace("m", "w", "bfloat16", 16, 1, 1, 64, 64, 0, 1)
-    info = InstanceInfo(
-        protocol=1,
-        url=f"http://127.0.0.1:{port}",
-        generation=f"boot-{port}",
-        role="both",
-        model_path=str(folder),
-        served_model_name="m",
-        layout_hash=layout_hash(namespace),
-        namespace=namespace,
-        page_size=16,
-        context_length=100_000,
-        max_total_tokens=1_000_000,
-        events_address="tcp://127.0.0.1:9",
-        ranks=[RankInfo(0, "tcp://127.0.0.1:9", "tcp://127.0.0.1:9", 1, namespace.block_bytes)],
-    )
+    info = instance_info(f"http://127.0.0.1:{port}", f"boot-{port}", "both", str(folder))
     answers = {
         "/memserve/info": msgspec.json.encode(info),
         "/memserve/stats": b'{"event_seq":-1,"instance":{},"ranks":[{}]}',

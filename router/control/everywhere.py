@@ -9,12 +9,11 @@ through to one, as everything that the router knows nothing of.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import orjson
-from sglang_memserve.errors import LimitExceeded, PeerError, ProtocolError
+from sglang_memserve.errors import ProtocolError
 from sglang_memserve.types import InstanceId
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,6 +24,7 @@ from ..http.replies import as_response, json_response
 from ..members.instances import Instances
 from ..members.member import State
 from ..request.client import read_body
+from .fan_out import Told, ask_all, listed
 
 # Of SGLang 0.5.23.
 PATHS = (
@@ -48,24 +48,6 @@ PATHS = (
 )
 # Weights from a slow disk take minutes.
 ASK_S = 600.0
-MAX_ANSWER_BYTES = 2**20
-MAX_TOLD_BYTES = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What one instance answered; status 0 where nothing came."""
-
-    status: int
-    body: bytes
-
-    @property
-    def done(self) -> bool:
-        return 200 <= self.status < 300
-
-    @property
-    def text(self) -> str:
-        return self.body[:MAX_TOLD_BYTES].decode("utf-8", "replace").strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,19 +68,10 @@ class Everywhere:
         members = [m.id for m in self.instances.members() if m.state is not State.STARTING]
         if not members:
             return as_response(replies.unavailable("no instance to ask", self.instances.absent()))
-        told = await asyncio.gather(
-            *(self._one(request.method, url + request.url.path + query, data) for url in members)
+        target = request.url.path + query
+        return _answer(
+            await ask_all(self.upstream, members, request.method, target, data or None, ASK_S)
         )
-        return _answer(dict(zip(members, told, strict=True)))
-
-    async def _one(self, method: str, url: str, data: bytes) -> Told:
-        try:
-            async with self.upstream.exchange(
-                method, url, data or None, deadline_s=ASK_S
-            ) as response:
-                return Told(response.status, await response.content.read(MAX_ANSWER_BYTES))
-        except (PeerError, LimitExceeded) as error:
-            return Told(0, str(error).encode())
 
 
 def _require_json(data: bytes) -> None:
@@ -117,8 +90,7 @@ def _answer(told: Mapping[InstanceId, Told]) -> Response:
         return json_response({**(first if isinstance(first, dict) else {}), "instances": each})
     statuses = {one.status for one in told.values()}
     status = statuses.pop() if len(statuses) == 1 and 0 not in statuses else 502
-    listed = "; ".join(f"{url}: {one.text or one.status}" for url, one in failed.items())
-    message = f"{len(failed)} of {len(told)} instances did not do it ({listed})"
+    message = f"{len(failed)} of {len(told)} instances did not do it ({listed(failed)})"
     body = {
         "success": False,
         "message": message,

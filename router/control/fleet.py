@@ -21,11 +21,11 @@ from ..metrics.registry import CONTENT_TYPE, Metrics
 from ..request.admission import Admission
 from ..request.client import read_json
 from ..request.live import LiveRequests
+from .fan_out import Told, ask_all, listed
 from .registration import SourceStates
 
 ASK_S = 10.0
 FLUSH_S = 60.0
-MAX_REASON_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +97,12 @@ class Control:
         members = [m.id for m in self.instances.members() if m.state is not State.STARTING]
         if not members:
             return as_response(replies.unavailable("nothing to flush", self.instances.absent()))
-        failed = await self._fan_out(members, f"/flush_cache{query}", {}, FLUSH_S)
+        failed = await self._failed(members, f"/flush_cache{query}", {}, FLUSH_S)
         if not failed:
             return PlainTextResponse("Cache flushed on all instances.\n")
-        listed = "; ".join(f"{url}: {why}" for url, (_, why) in failed.items())
         # 400 is SGLang's own answer while requests are running.
-        status = 400 if all(code == 400 for code, _ in failed.values()) else 502
-        return as_response(replies.error(status, f"not flushed everywhere ({listed})"))
+        status = 400 if all(one.status == 400 for one in failed.values()) else 502
+        return as_response(replies.error(status, f"not flushed everywhere ({listed(failed)})"))
 
     async def abort_request(self, request: Request) -> Response:
         """``{"rid": ...}`` or ``{"abort_all": true}``, to every member that answers at all."""
@@ -116,33 +115,17 @@ class Control:
         else:
             raise ProtocolError("abort_request needs 'rid' or 'abort_all'")
         members = [m.id for m in self.instances.members() if m.state is not State.STARTING]
-        failed = await self._fan_out(members, "/abort_request", body, ASK_S)
+        failed = await self._failed(members, "/abort_request", body, ASK_S)
         if failed:
-            listed = "; ".join(f"{url}: {why}" for url, (_, why) in failed.items())
-            return as_response(replies.error(502, f"not aborted everywhere ({listed})"))
+            return as_response(replies.error(502, f"not aborted everywhere ({listed(failed)})"))
         return Response(status_code=200)
 
-    async def _fan_out(
-        self, urls: Sequence[InstanceId], path: str, body: object, deadline_s: float
-    ) -> dict[str, tuple[int, str]]:
-        """POST to all of them; what failed, with status (0: no answer) and reason."""
-
-        async def one(url: InstanceId) -> tuple[int, str]:
-            try:
-                async with self.upstream.exchange(
-                    "POST", url + path, body, deadline_s=deadline_s
-                ) as response:
-                    data = await response.content.read(MAX_REASON_BYTES)
-                    return response.status, data.decode("utf-8", "replace").strip()
-            except PeerError as error:
-                return 0, str(error)
-
-        answers = await asyncio.gather(*(one(url) for url in urls))
-        return {
-            url: answer
-            for url, answer in zip(urls, answers, strict=True)
-            if not 200 <= answer[0] < 300
-        }
+    async def _failed(
+        self, urls: Sequence[InstanceId], target: str, body: object, deadline_s: float
+    ) -> dict[InstanceId, Told]:
+        """POST to all of them; those that did not do it."""
+        told = await ask_all(self.upstream, urls, "POST", target, body, deadline_s)
+        return {url: one for url, one in told.items() if not one.done}
 
     async def _status(self, method: str, url: str, deadline_s: float) -> int:
         try:

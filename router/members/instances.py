@@ -11,7 +11,6 @@ another generation is another instance: the old one's pages are dropped at once.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -35,20 +34,19 @@ from sglang_memserve.types import Generation, InstanceId, Role, ShortKey
 from ..cost.bookings import NO_SHARE, Bookings
 from ..values import InstanceView, Match
 from .breaker import Breaker, BreakerSettings
+from .departures import Departures
 from .member import InFlight, Member, MemberStatus, State
 
 FORGET_FACTOR = 3
-REMEMBER_S = 3600.0
 _UNKNOWN = Generation("")
 _PLAIN = Generation("plain")
 _NOTHING = Match(0)
-_REMEMBERED = 32
 _NAMED = 8
 _SILENT = "no heartbeat"
 
 
 class Listener(Protocol):
-    """Told of members whose pages are to be followed. ``router.feed.Feed`` is one."""
+    """Told of members whose pages are to be followed. ``router.tree.feed.Feed`` is one."""
 
     def joined(self, info: InstanceInfo) -> None: ...
 
@@ -75,8 +73,7 @@ class Instances:
         self._expire_s = expire_s
         self._breaker = breaker
         self._members: dict[InstanceId, Member] = {}
-        self._dismissed: dict[InstanceId, Generation] = {}
-        self._gone: deque[tuple[float, Member]] = deque(maxlen=_REMEMBERED)
+        self._departures = Departures()
 
     # -- what instances say --
 
@@ -96,7 +93,7 @@ class Instances:
         """
         role = _role(beat.role)
         instance = InstanceId(beat.url.rstrip("/"))
-        if self._dismissed.get(instance) == beat.generation:
+        if self._departures.dismissed(instance, beat.generation):
             return HeartbeatReply(known=True)
         member = self._members.get(instance)
         if member is None or member.generation != beat.generation or not member.attached:
@@ -126,7 +123,7 @@ class Instances:
         Raises ConfigError for a malformed URL.
         """
         instance = InstanceId(parse_url(url))
-        self._dismissed.pop(instance, None)
+        self._departures.welcome(instance)
         member = self._members.get(instance)
         if member is None:
             member = self._new_member(instance, _UNKNOWN, role or Role.BOTH)
@@ -293,16 +290,9 @@ class Instances:
         return [member.status(now) for member in self._members.values()]
 
     def gone(self) -> list[MemberStatus]:
-        """The last few that left within ``REMEMBER_S`` and are not back, oldest first.
-
-        Each URL once, as its last boot there is now: requests it still had may have ended since."""
+        """``Departures.recent``, as they are now: requests they still had may have ended since."""
         now = self._clock()
-        recent: dict[InstanceId, Member] = {}
-        for left_at, member in self._gone:
-            if now - left_at <= REMEMBER_S:
-                recent.pop(member.id, None)
-                recent[member.id] = member
-        return [m.status(now) for m in recent.values() if m.id not in self._members]
+        return [member.status(now) for member in self._departures.recent(now, self._members)]
 
     def info(self, instance: InstanceId) -> InstanceInfo | None:
         """None for an unknown instance, one that never answered, or plain SGLang."""
@@ -336,9 +326,9 @@ class Instances:
         role = _role(info.role)
         info = msgspec.structs.replace(info, url=instance)
         self._require_same_pages(info)
-        if self._dismissed.get(instance) == info.generation:
+        if self._departures.dismissed(instance, info.generation):
             return
-        self._dismissed.pop(instance, None)
+        self._departures.welcome(instance)
         member = self._members.get(instance)
         if member is None:
             if static:
@@ -428,16 +418,14 @@ class Instances:
     def _remove(self, member: Member, why: str) -> None:
         """However a drain ends, its boot stays away: what it says is heard politely and ignored."""
         if member.draining:
-            self._dismissed[member.id] = member.generation
-            while len(self._dismissed) > _REMEMBERED:
-                del self._dismissed[next(iter(self._dismissed))]
+            self._departures.dismiss(member.id, member.generation)
         if member.attached:
             self._detach(member)
         del self._members[member.id]
         member.last_error = why if not member.last_error else f"{why} ({member.last_error})"
         member.turn(State.LEFT, member.last_error)
         if member.reached:
-            self._gone.append((self._clock(), member))
+            self._departures.remember(member, self._clock())
 
     def _detach(self, member: Member) -> None:
         member.attached = False

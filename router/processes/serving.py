@@ -13,11 +13,11 @@ import uvicorn
 
 from ..app import running
 from ..config import RouterConfig
-from ..control.drain import DrainingServer, Obeyed, is_hangup_heard
 from ..http.connection import BoundedProtocol
 from ..http.listening import listen, shown
 from ..http.replies import App
 from ..request.admission import Admission
+from .draining import DrainingServer, Obeyed, is_hangup_heard
 from .place import Place
 from .siblings import Siblings
 

@@ -4,6 +4,9 @@
         -> (text only: ask the new instance whether greedy decoding gives just these tokens)
         -> the rest of the client's request there -> joined to what the client has
 
+Where the tokens cannot be told from a greedy stream's text, the whole request runs anew there, and
+what the client has is compared and left out.
+
 What cannot be resumed, or does not go on as it began, ends with an error frame.
 """
 

@@ -9,7 +9,8 @@ ids as if nothing had happened. Only whole frames are passed on.
 
 ``/generate`` sends ids and text of all tokens in each frame. Text may lag behind (a character of
 several tokens), so the new instance starts at a token where the text had just grown, and must first
-repeat what the client has. The OpenAI routes send new text alone; ``resume`` finds its tokens.
+repeat what the client has. The OpenAI routes send new text alone; ``resume`` finds its tokens, or
+has everything generated anew, and what the client has is left out of that.
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -100,6 +102,27 @@ def test_a_frozen_instance_that_is_owed_an_abort_does_not_hold_up_the_end() -> N
     go(scenario())
 
 
+@asynccontextmanager
+async def router_process(
+    machine: Machine, *flags: str
+) -> AsyncIterator[tuple[subprocess.Popen[str], Router]]:
+    """A router of its own process over one machine, healthy."""
+    await machine.start()
+    port = free_port()
+    process = run_router("--port", str(port), "--instance", machine.url, *flags)
+    try:
+        assert process.stdout is not None
+        await asyncio.to_thread(process.stdout.readline)
+        async with aiohttp.ClientSession() as http:
+            router = Router(f"http://127.0.0.1:{port}", http, None)
+            await router.until_healthy()
+            yield process, router
+    finally:
+        process.kill()
+        process.communicate()
+        await machine.stop()
+
+
 @pytest.mark.parametrize(
     "signals",
     [
@@ -115,47 +138,35 @@ def test_a_signal_refuses_what_is_new_and_finishes_what_runs(
     async def scenario() -> None:
         held = Held()
         d = Machine(Role.BOTH, held)
-        await d.start()
-        port = free_port()
         flags = ("--heartbeat-s", "0.2", "--max-concurrent-requests", "1", "--queue-size", "5")
-        process = run_router("--port", str(port), "--instance", d.url, *flags)
-        try:
-            assert process.stdout is not None
-            await asyncio.to_thread(process.stdout.readline)
-            async with aiohttp.ClientSession() as http:
-                router = Router(f"http://127.0.0.1:{port}", http, None)
-                await router.until_healthy()
-                running = asyncio.create_task(router.post("/generate", BODY))
-                await d.wait_for("/generate")
-                waiting = asyncio.create_task(router.post("/generate", BODY))
+        async with router_process(d, *flags) as (process, router):
+            running = asyncio.create_task(router.post("/generate", BODY))
+            await d.wait_for("/generate")
+            waiting = asyncio.create_task(router.post("/generate", BODY))
 
-                async def queued() -> bool:
-                    return bool((await (await router.get("/readiness")).json())["waiting"])
+            async def queued() -> bool:
+                return bool((await (await router.get("/readiness")).json())["waiting"])
 
-                await until(queued)
-                process.send_signal(signals[0])
-                sent_away = await waiting
-                for further in signals[1:]:
-                    process.send_signal(further)
-                refused = await router.post("/generate", BODY)
-                for response in (sent_away, refused):
-                    assert (response.status, response.headers["retry-after"]) == (503, "5")
-                    assert "shutting down" in (await response.json())["message"]
-                assert (await router.get("/health")).status == 503
-                assert (await router.get("/readiness")).status == 503
-                assert (await router.get("/liveness")).status == 200
-                held.release.set()
-                assert (await running).status == 200
+            await until(queued)
+            process.send_signal(signals[0])
+            sent_away = await waiting
+            for further in signals[1:]:
+                process.send_signal(further)
+            refused = await router.post("/generate", BODY)
+            for response in (sent_away, refused):
+                assert (response.status, response.headers["retry-after"]) == (503, "5")
+                assert "shutting down" in (await response.json())["message"]
+            assert (await router.get("/health")).status == 503
+            assert (await router.get("/readiness")).status == 503
+            assert (await router.get("/liveness")).status == 200
+            held.release.set()
+            assert (await running).status == 200
             async with asyncio.timeout(WAIT_S):
                 while process.poll() is None:
                     for further in signals[1:]:
                         process.send_signal(further)
                     await asyncio.sleep(0.005)
             assert process.returncode == 0
-        finally:
-            process.kill()
-            process.communicate()
-            await d.stop()
 
     go(scenario())
 
@@ -188,36 +199,24 @@ def test_who_ignored_hangups_at_the_start_goes_on_doing_so() -> None:
 def test_a_drain_that_lasts_too_long_is_ended(twice: bool) -> None:
     async def scenario() -> None:
         d = Machine(Role.BOTH, Held())
-        await d.start()
-        port = free_port()
         limit = "600" if twice else "0.3"
         flags = ("--heartbeat-s", "0.2", "--drain-timeout-s", limit)
-        process = run_router("--port", str(port), "--instance", d.url, *flags)
-        try:
-            assert process.stdout is not None
-            await asyncio.to_thread(process.stdout.readline)
-            async with aiohttp.ClientSession() as http:
-                router = Router(f"http://127.0.0.1:{port}", http, None)
-                await router.until_healthy()
-                running = asyncio.create_task(router.post("/generate", BODY))
-                await d.wait_for("/generate")
+        async with router_process(d, *flags) as (process, router):
+            running = asyncio.create_task(router.post("/generate", BODY))
+            await d.wait_for("/generate")
+            process.send_signal(signal.SIGTERM)
+
+            async def draining() -> bool:
+                try:
+                    return (await router.get("/readiness")).status == 503
+                except aiohttp.ClientError:
+                    return True
+
+            await until(draining)
+            if twice:
                 process.send_signal(signal.SIGTERM)
-
-                async def draining() -> bool:
-                    try:
-                        return (await router.get("/readiness")).status == 503
-                    except aiohttp.ClientError:
-                        return True
-
-                await until(draining)
-                if twice:
-                    process.send_signal(signal.SIGTERM)
-                assert await asyncio.to_thread(process.wait, WAIT_S) == 0
-                await asyncio.gather(running, return_exceptions=True)
-        finally:
-            process.kill()
-            process.communicate()
-            await d.stop()
+            assert await asyncio.to_thread(process.wait, WAIT_S) == 0
+            await asyncio.gather(running, return_exceptions=True)
 
     go(scenario())
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import msgspec
 import pytest
 from sglang_memserve.errors import (
@@ -13,76 +11,11 @@ from sglang_memserve.errors import (
     ProtocolError,
     VersionMismatch,
 )
-from sglang_memserve.protocol import PROTOCOL_VERSION
-from sglang_memserve.protocol.handshake import layout_hash
-from sglang_memserve.protocol.http import Heartbeat, InstanceInfo, Load, RankInfo
 from sglang_memserve.router.members.breaker import Breaker, BreakerSettings, BreakerState
-from sglang_memserve.router.members.instances import Instances
-from sglang_memserve.router.members.member import InFlight, MemberStatus, Outcome, State
+from sglang_memserve.router.members.member import InFlight, Outcome, State
 from sglang_memserve.router.values import Match
-from sglang_memserve.types import Generation, InstanceId, Namespace, Role
-
-A, B = InstanceId("http://a:1"), InstanceId("http://b:1")
-NAMESPACE = Namespace("model", "1", "bfloat16", 16, 30, 3, 64, 64, 0, 1)
-WIDER = Namespace("model", "1", "bfloat16", 32, 30, 3, 64, 64, 0, 1)
-SPLIT = Namespace("model", "1", "bfloat16", 16, 30, 3, 64, 64, 0, 2)
-LOAD = Load(running_requests=2, waiting_requests=1, used_tokens=30, total_tokens=100)
-
-
-def info(url: str = A, generation: str = "g1", **changes: object) -> InstanceInfo:
-    namespace = changes.pop("namespace", NAMESPACE)
-    assert isinstance(namespace, Namespace)
-    plain = InstanceInfo(
-        protocol=PROTOCOL_VERSION,
-        url=url,
-        generation=generation,
-        role="both",
-        model_path="/models/model",
-        served_model_name="model",
-        layout_hash=layout_hash(namespace),
-        namespace=namespace,
-        page_size=namespace.page_size,
-        context_length=8192,
-        max_total_tokens=20000,
-        events_address="tcp://127.0.0.1:2",
-        ranks=[RankInfo(0, "tcp://127.0.0.1:1", "tcp://127.0.0.1:2", 100, namespace.block_bytes)],
-    )
-    return msgspec.structs.replace(plain, **changes)
-
-
-@dataclass
-class Recorder:
-    told: list[str] = field(default_factory=list)
-
-    def joined(self, info: InstanceInfo) -> None:
-        self.told.append(f"joined {info.url} {info.generation}")
-
-    def left(self, instance: InstanceId) -> None:
-        self.told.append(f"left {instance}")
-
-    def beat(self, instance: InstanceId, generation: Generation, event_seq: int) -> None:
-        self.told.append(f"beat {instance} {event_seq}")
-
-
-class Fleet:
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.recorder = Recorder()
-        self.instances = Instances(
-            lambda: self.now, [self.recorder], heartbeat_s=2.0, expire_s=10.0
-        )
-
-    def member(self, instance: InstanceId = A) -> MemberStatus:
-        self.instances.check()
-        return next(m for m in self.instances.members() if m.id == instance)
-
-    def beat(self, instance: InstanceId = A, generation: str = "g1", role: str = "both") -> bool:
-        beat = Heartbeat(instance, generation, role, LOAD, event_seq=7)
-        return self.instances.heartbeat(beat).known
-
-    def usable(self) -> list[InstanceId]:
-        self.instances.check()
-        return [view.id for view in self.instances.views({})]
+from sglang_memserve.types import InstanceId, Role
+from unit.fleets import LOAD, SPLIT, WIDER, A, B, Fleet, info
 
 
 @pytest.fixture
@@ -123,21 +56,6 @@ def test_a_flap_keeps_the_pages_and_a_long_silence_does_not(fleet: Fleet) -> Non
     assert gone.state is State.LEFT and gone.last_error == "no heartbeat for 31 s"
 
 
-def test_who_says_that_nobody_is_there_names_those_that_left(fleet: Fleet) -> None:
-    fleet.instances.register(info(A))
-    fleet.instances.register(info(B, generation="b1"))
-    fleet.instances.dismiss(A, fleet.instances.drain(A))
-    assert fleet.instances.absent() == {A: "left: was drained"}
-    assert fleet.instances.absent([B]) == {B: "failed this request", A: "left: was drained"}
-    fleet.instances.deregister(B, "b1")
-    assert fleet.instances.absent() == {A: "left: was drained", B: "left: it deregistered"}
-    for number in range(20):
-        url = f"http://c:{number + 1}"
-        fleet.instances.register(info(url, generation=f"c{number}"))
-        fleet.instances.remove(InstanceId(url))
-    assert len(fleet.instances.absent()) == 8, "a message has an end"
-
-
 def test_the_log_tells_who_comes_and_goes_once(
     fleet: Fleet, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -176,35 +94,6 @@ def test_the_log_tells_who_comes_and_goes_once(
         f"{B} is unhealthy: refused",
         f"{B} left: was removed (refused)",
     ]
-
-
-def test_a_listed_url_that_never_answered_has_not_left(fleet: Fleet) -> None:
-    fleet.instances.add_static(B)
-    fleet.instances.unreachable(B, "refused")
-    fleet.instances.remove(B)
-    assert fleet.instances.gone() == []
-
-
-def test_those_that_left_are_shown_as_they_are_and_not_for_ever(fleet: Fleet) -> None:
-    fleet.instances.register(info(A))
-    fleet.instances.register(info(B, generation="b1"))
-    flight = fleet.instances.begin(A, 100)
-    fleet.instances.deregister(A, "g1")
-    fleet.now = 5.0
-    fleet.instances.deregister(B, "b1")
-    flight.end(Outcome.SUCCEEDED)
-    fleet.now = 9.0
-    first, second = fleet.instances.gone()
-    assert (first.id, first.silent_s, first.in_flight_requests) == (A, 9.0, 0)
-    assert second.id == B
-    fleet.instances.register(info(A, generation="g2"))
-    assert [gone.id for gone in fleet.instances.gone()] == [B], "A is back"
-    fleet.instances.deregister(A, "g2")
-    assert [(gone.id, gone.generation) for gone in fleet.instances.gone()] == [(B, "b1"), (A, "g2")]
-    fleet.now = 3606.0
-    assert [gone.id for gone in fleet.instances.gone()] == [A]
-    fleet.now = 4000.0
-    assert fleet.instances.gone() == []
 
 
 def test_another_boot_at_the_same_url_replaces_the_old_one(fleet: Fleet) -> None:
@@ -269,80 +158,6 @@ def test_roles_change_at_run_time(fleet: Fleet) -> None:
     fleet.instances.set_role(A, Role.BOTH)
     assert fleet.member().role is Role.BOTH
     assert fleet.recorder.told == [f"joined {A} g1", f"beat {A} 7"]
-
-
-def test_a_drain_is_of_one_boot(fleet: Fleet) -> None:
-    fleet.instances.register(info())
-    drained = fleet.instances.drain(A)
-    fleet.instances.register(info())
-    fleet.beat()
-    assert fleet.usable() == []
-    assert fleet.instances.unavailable() == {A: "draining"}
-    fleet.instances.register(info(generation="g2"))
-    assert fleet.usable() == [A]
-    fleet.instances.dismiss(A, drained)
-    assert fleet.usable() == [A]
-    fleet.instances.remove(A)
-    with pytest.raises(ConfigError, match="unknown instance"):
-        fleet.instances.drain(A)
-
-
-def test_however_a_drain_ends_its_boot_stays_away(fleet: Fleet) -> None:
-    def dismissed() -> None:
-        fleet.instances.dismiss(A, Generation("g1"))
-
-    def removed() -> None:
-        fleet.instances.remove(A)
-
-    def left() -> None:
-        fleet.instances.deregister(A, "g1")
-
-    def silent() -> None:
-        fleet.now += 31.0
-        fleet.instances.expire()
-        fleet.instances.unreachable(A, "timed out")
-
-    def without_mempool() -> None:
-        fleet.instances.answered_plain(A, "model", LOAD)
-        fleet.instances.unreachable(A, "timed out")
-
-    for listed in (False, True):
-        for end in (dismissed, removed, left, silent, *((without_mempool,) * listed)):
-            fleet.instances.register(info(generation="g0"))
-            fleet.instances.register(info())
-            if listed:
-                fleet.instances.add_static(A)
-            fleet.instances.drain(A)
-            end()
-            assert fleet.instances.members() == [], (end, listed)
-            assert [gone.state for gone in fleet.instances.gone()] == [State.LEFT]
-            assert fleet.beat()
-            fleet.instances.register(info())
-            fleet.instances.answered(A, info())
-            assert fleet.instances.members() == [], (end, listed)
-            fleet.instances.register(info(generation="g2"))
-            assert fleet.usable() == [A]
-            fleet.instances.remove(A)
-
-
-def test_added_by_hand_a_drained_instance_is_back(fleet: Fleet) -> None:
-    fleet.instances.register(info())
-    drained = fleet.instances.drain(A)
-    fleet.instances.add_static(A)
-    assert fleet.usable() == [A]
-    fleet.instances.dismiss(A, drained)
-    assert fleet.usable() == [A]
-    fleet.instances.drain(A)
-    fleet.instances.dismiss(A, drained)
-    fleet.instances.add_static(A)
-    assert fleet.member().state is State.STARTING
-    fleet.instances.answered(A, info())
-    assert fleet.usable() == [A]
-    # One that was never heard of has nothing to be used for yet.
-    fleet.instances.add_static(B)
-    fleet.instances.drain(B)
-    fleet.instances.add_static(B)
-    assert fleet.member(B).state is State.STARTING
 
 
 def test_what_answers_without_mempool_now_is_plain_at_once(fleet: Fleet) -> None:
