@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILT = ROOT / "build" / "sanitized"
 TESTS = [
     "test/contract/test_kernels.py",
+    "test/contract/test_engine_kernels.py",
     "test/contract/test_merged_tree.py",
     "test/property/test_global_tree.py",
 ]

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "engine_module.h"
 #include "integers.h"
 #include "memserve/cpu.h"
 #include "memserve/rows.h"
@@ -93,7 +94,10 @@ nb::dict cpu_features() {
     const memserve::CpuFeatures &found = memserve::cpu_features();
     nb::dict features;
     features["avx2"] = found.avx2;
+    features["fma"] = found.fma;
     features["avx512"] = found.avx512;
+    features["avx512_bf16"] = found.avx512_bf16;
+    features["amx_bf16"] = found.amx_bf16;
     features["sha"] = found.sha;
     return features;
 }
@@ -103,6 +107,7 @@ nb::dict cpu_features() {
 NB_MODULE(_native, module) {
     module.def("cpu_features", &cpu_features);
     bind_radix_tree(module);
+    bind_engine(module);
     module.def("page_keys", &page_keys, "tokens"_a.none(), "page_size"_a, "seed"_a, "sha"_a);
     module.def("copy_rows", &copy_rows, "to_pointers"_a.noconvert(), "to_strides"_a.noconvert(),
                "from_pointers"_a.noconvert(), "from_strides"_a.noconvert(),

@@ -5,10 +5,36 @@ namespace memserve {
 
 struct CpuFeatures {
     bool avx2 = false;
-    bool avx512 = false;  // F, usable under this operating system
-    bool sha = false;     // the SHA-256 instructions
+    bool fma = false;
+    bool avx512 = false;       // F, usable under this operating system
+    bool avx512_bf16 = false;  // BF16 instructions, with F, BW, DQ and VL
+    bool amx_bf16 = false;     // not used here; other libraries' sums differ where it is
+    bool sha = false;          // the SHA-256 instructions
 };
 
 const CpuFeatures &cpu_features();
 
+// What the engine's ops are compiled for. Each level contains those before it.
+enum class Isa {
+    plain = 0,        // plain C++
+    avx2 = 1,         // AVX2 and FMA
+    avx512 = 2,       // F, BW, DQ and VL
+    avx512_bf16 = 3,  // and BF16
+};
+
+// The best that the processor has and `limit_isa` allows.
+Isa isa();
+
+// For tests and comparisons: no better than this from now on, in the whole process.
+void limit_isa(Isa best);
+
 }  // namespace memserve
+
+// For functions that are chosen by `isa()`.
+#if defined(__x86_64__)
+#define MEMSERVE_AVX2 __attribute__((target("avx2,fma")))
+#define MEMSERVE_AVX512 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")))
+#define MEMSERVE_AVX512_BF16 \
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
+#endif
+#define MEMSERVE_INLINE inline __attribute__((always_inline))

@@ -4,8 +4,9 @@ Modules, in order of dependency:
 
 - ``tables``: what the ops are handed
 - ``reference``: every op in plain Python and numpy; the oracle, and what runs without a compiler
+- ``switch``: whether native ops run
 - ``_native``: the same in C++ (absent where it could not be built)
-- ``ops``: the ops to call, native where ``_native`` is there and ``MEMSERVE_NATIVE`` is not 0
+- ``ops``: the ops to call, native where ``_native`` is there and not switched off
 """
 
 __version__ = "0.1.0"

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,26 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import reference
-from .tables import RowTable, Sha, Store
+from .switch import NATIVE as NATIVE
+from .switch import WHY_NOT_NATIVE as WHY_NOT_NATIVE
+from .tables import Isa, RowTable, Sha, Store
 
 if TYPE_CHECKING:
     from ._native import RadixTree
-
-SWITCH = "MEMSERVE_NATIVE"
-
-
-def _why_not_native() -> str | None:
-    if os.environ.get(SWITCH, "1") == "0":
-        return f"{SWITCH}=0"
-    try:
-        from . import _native  # noqa: F401
-    except ImportError as error:
-        return f"they are not built here ({error})"
-    return None
-
-
-WHY_NOT_NATIVE = _why_not_native()
-NATIVE = WHY_NOT_NATIVE is None
 
 if NATIVE:
     from . import _native
@@ -45,6 +30,17 @@ Tokens = Sequence[int] | NDArray[np.integer]
 def cpu_features() -> dict[str, bool]:
     """Which of the instruction sets that ops choose among this processor has."""
     return _native.cpu_features() if NATIVE else {}
+
+
+def isa() -> Isa:
+    """What the engine's ops run on now."""
+    return Isa(_native.isa()) if NATIVE else Isa.PLAIN
+
+
+def limit_isa(best: Isa) -> None:
+    """For tests and comparisons: nothing better than ``best`` from now on, in this process."""
+    if NATIVE:
+        _native.limit_isa(best)
 
 
 def row_table(

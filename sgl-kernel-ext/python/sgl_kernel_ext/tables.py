@@ -29,6 +29,26 @@ class Sha(IntEnum):
     INSTRUCTIONS = 2
 
 
+class Isa(IntEnum):
+    """What the engine's ops are compiled for; each level contains those before it. Values are those
+    of ``include/memserve/cpu.h``."""
+
+    PLAIN = 0
+    AVX2 = 1
+    """With FMA."""
+    AVX512 = 2
+    """F, BW, DQ and VL."""
+    AVX512_BF16 = 3
+
+
+class Dtype(IntEnum):
+    """How activations and weights are kept. Values are those of ``include/memserve/bf16.h``."""
+
+    BF16 = 0
+    FP16 = 1
+    FP32 = 2
+
+
 @dataclass(frozen=True, slots=True)
 class RowTable:
     """Tensors of bytes: row ``r`` of tensor ``t`` is the ``row_bytes[t]`` bytes at address
