@@ -148,6 +148,7 @@ async def _assemble(
         [feed, newcomers, introductions, watching],
         heartbeat_s=config.heartbeat_s,
         expire_s=config.expire_s,
+        moves=config.moves,
     )
     asker = EngineTokenizer(instances, upstream)
     folder = Path(config.model_path) if config.model_path else None

@@ -21,6 +21,7 @@ from .flags import policy_name, translate
 from .http.limits import Limits
 from .http.security import Keys, Tls
 from .policy.registry import POLICIES
+from .values import Moves
 
 MAX_PROCESSES = 64
 TOKENIZER = "tokenizer.json"
@@ -50,6 +51,7 @@ class RouterConfig:
     instances: tuple[StaticInstance, ...] = ()
     policy: str = "cost"
     bypass_tokens: int | None = None
+    moves: Moves = Moves.ALL
     model_path: str | None = None
     api_key: str | None = field(default=None, repr=False)
     admin_key: str | None = field(default=None, repr=False)
@@ -166,6 +168,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
         instances=tuple(instances),
         policy=policy_name(args.policy),
         bypass_tokens=args.bypass_tokens,
+        moves=_moves(args.moves),
         model_path=args.model_path,
         api_key=args.api_key,
         admin_key=args.admin_key,
@@ -285,6 +288,12 @@ def _add_routing(group: argparse._ArgumentGroup) -> None:
         help="let the decode instance compute up to N uncached tokens itself; "
         "0: never a whole page (default: decide by cost)",
     )
+    add(
+        "--moves",
+        default=RouterConfig().moves.value,
+        metavar="WHICH",
+        help=f"pages that may move between instances: {_moves_names()} (default: %(default)s)",
+    )
     add("--model-path", metavar="DIR", help="tokenizer's folder (default: the instances' own)")
 
 
@@ -367,6 +376,17 @@ def _seconds(add: Callable[..., argparse.Action], flag: str, default: float, wha
         metavar="S",
         help=f"{what}, in seconds (default: %(default)g)",
     )
+
+
+def _moves(name: str) -> Moves:
+    try:
+        return Moves(name)
+    except ValueError:
+        raise ConfigError(f"unknown --moves {name!r}: choose one of {_moves_names()}") from None
+
+
+def _moves_names() -> str:
+    return ", ".join(moves.value for moves in Moves)
 
 
 def _policy_names() -> str:

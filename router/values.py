@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from sglang_memserve.types import Generation, InstanceId, Role
 
@@ -19,6 +20,15 @@ class Match:
     @property
     def movable_pages(self) -> int:
         return self.pages - self.local_pages
+
+
+class Moves(Enum):
+    """Which pages may move between instances. ``FROM_PREFILL``: only those of prefill instances, so
+    what a decode instance generated stays there. ``NONE``: each instance has only its own."""
+
+    ALL = "all"
+    FROM_PREFILL = "from-prefill"
+    NONE = "none"
 
 
 # Not frozen, since one is made for every instance and request: that would cost twice the time.
@@ -49,6 +59,15 @@ class InstanceView:
     coming_s: float = 0.0
     match: Match = field(default=Match(0))
     can_fetch: bool = True
+
+
+def restrain(view: InstanceView, moves: Moves) -> InstanceView:
+    """``view`` as a policy sees it where not all pages may move."""
+    if moves is Moves.NONE:
+        return replace(view, can_fetch=False)
+    if moves is Moves.FROM_PREFILL and view.role is not Role.PREFILL:
+        return replace(view, match=replace(view.match, local_pages=view.match.pages))
+    return view
 
 
 @dataclass(frozen=True, slots=True)

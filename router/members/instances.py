@@ -32,7 +32,7 @@ from sglang_memserve.protocol.http import (
 from sglang_memserve.types import Generation, InstanceId, Role, ShortKey
 
 from ..cost.bookings import NO_SHARE, Bookings
-from ..values import InstanceView, Match
+from ..values import InstanceView, Match, Moves, restrain
 from .breaker import Breaker, BreakerSettings
 from .departures import Departures
 from .member import InFlight, Member, MemberStatus, State
@@ -66,12 +66,14 @@ class Instances:
         heartbeat_s: float = 2.0,
         expire_s: float = 10.0,
         breaker: BreakerSettings = BreakerSettings(),  # noqa: B008 - frozen
+        moves: Moves = Moves.ALL,
     ) -> None:
         self._clock = clock
         self._listeners = list(listeners)
         self._heartbeat_s = heartbeat_s
         self._expire_s = expire_s
         self._breaker = breaker
+        self._moves = moves
         self._members: dict[InstanceId, Member] = {}
         self._departures = Departures()
 
@@ -253,7 +255,7 @@ class Instances:
         for member in [one for one in ready if one.unavailable(now) is None] or ready:
             match = matches.get(member.id, _NOTHING) if member.attached else _NOTHING
             share = bookings.share(member.id, match, keys) if bookings is not None else NO_SHARE
-            views.append(member.view(match, share))
+            views.append(restrain(member.view(match, share), self._moves))
         return views
 
     def unavailable(self, exclude: Collection[InstanceId] = ()) -> dict[str, str]:

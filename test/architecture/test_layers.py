@@ -60,7 +60,7 @@ ROUTER: dict[str, set[str]] = {
     "simulate": _PURE | {"http", "members", "request"},
     "dashboard": _PURE | {"http", "members", "metrics", "request", "control"},
     "flags": set(),
-    "config": {"flags", "policy", "http"},
+    "config": {"values", "flags", "policy", "http"},
     "watching": _PURE
     | _TALK
     | {"members", "metrics", "request", "control", "dashboard", "flags", "config"},

@@ -9,7 +9,7 @@ from sglang_memserve.errors import ConfigError, NoInstance
 from sglang_memserve.router.cost.learned import CostModel
 from sglang_memserve.router.policy.base import Rotation
 from sglang_memserve.router.policy.registry import POLICIES, make_policy
-from sglang_memserve.router.values import InstanceView, Match, Plan, Prompt
+from sglang_memserve.router.values import InstanceView, Match, Moves, Plan, Prompt, restrain
 from sglang_memserve.types import Generation, InstanceId, Role
 
 G = Generation("g")
@@ -221,3 +221,28 @@ def test_nonsense_is_not_learnt_from() -> None:
     assert told["prefill"]["instances"] == told["transfer"]["pairs"] == {}
     assert costs.predict_prefill_s(P.id, 0, 9) == 0
     assert costs.predict_transfer_s(P.id, D.id, 0) == 0
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_a_decode_instance_generated_may_be_kept_there(name: str) -> None:
+    """The next turn: D has more than P, which computes what D may not give."""
+    p, d = replace(P, match=Match(40)), replace(D, match=Match(50))
+    assert decide(name, LONG, p, d, bypass=0).prefill_source == d.id
+    kept = decide(name, LONG, p, restrain(d, Moves.FROM_PREFILL), bypass=0)
+    assert (kept.prefill, kept.prefill_source, kept.held_pages) == (p.id, None, 40)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_handover_is_no_reuse_across_requests(name: str) -> None:
+    """What a prefill instance has still goes to the decode instance."""
+    views = [restrain(v, Moves.FROM_PREFILL) for v in (replace(P, match=FULL), D)]
+    plan = decide(name, LONG, *views, bypass=0)
+    assert (plan.decode, plan.decode_source or plan.prefill) == (D.id, P.id)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_where_nothing_may_move_nothing_does(name: str) -> None:
+    views = [restrain(v, Moves.NONE) for v in (replace(B, match=FULL), B2, P, D)]
+    for turn in range(4):
+        plan = decide(name, LONG, *views, turn=turn)
+        assert (plan.prefill, plan.prefill_source, plan.decode_source) == (None, None, None)

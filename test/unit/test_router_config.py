@@ -8,6 +8,7 @@ import pytest
 from sglang_memserve.errors import ConfigError
 from sglang_memserve.router.__main__ import main
 from sglang_memserve.router.config import RouterConfig, StaticInstance, _parser, parse_args
+from sglang_memserve.router.values import Moves
 from sglang_memserve.types import InstanceId, Role
 
 
@@ -47,7 +48,8 @@ def test_policy_spellings(given: str, meant: str) -> None:
 
 def test_everything_else() -> None:
     argv = (
-        "--host 0.0.0.0 --port 8000 --bypass-tokens 0 --model-path m --api-key k --heartbeat-s 1 "
+        "--host 0.0.0.0 --port 8000 --bypass-tokens 0 --moves none --model-path m --api-key k "
+        "--heartbeat-s 1 "
         "--expire-s 4 --request-timeout-s 9 --fetch-timeout-s 3 --max-body-bytes 1MiB "
         "--log-level DEBUG"
     )
@@ -55,6 +57,7 @@ def test_everything_else() -> None:
         host="0.0.0.0",
         port=8000,
         bypass_tokens=0,
+        moves=Moves.NONE,
         model_path="m",
         api_key="k",
         heartbeat_s=1.0,
@@ -73,6 +76,7 @@ def test_everything_else() -> None:
         ("--port x", "invalid int value: 'x'"),
         ("--policy best", "unknown policy 'best': choose one of cost, prefix"),
         ("--bypass-tokens -1", "must not be negative"),
+        ("--moves some", "choose one of all, from-prefill, none"),
         ("--heartbeat-s 0", "--heartbeat-s must be positive"),
         ("--request-timeout-s inf", "--request-timeout-s must be positive and finite"),
         ("--fetch-timeout-s nan", "--fetch-timeout-s must be positive and finite"),
