@@ -7,10 +7,11 @@ MODEL := .cache/models/SmolLM2-135M-Instruct
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check layers lint format bench lock clean sanitize fuzz chaos
+.PHONY: help setup demo test check layers lint format bench eval eval-quick pictures lock clean
+.PHONY: sanitize fuzz chaos
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## virtual environment, pinned packages, the project, the demo model
 	@$(PYTHON) tools/setup.py
@@ -46,6 +47,16 @@ format: setup  ## ruff format
 
 bench: setup  ## the benchmarks (minutes; writes benchmark/results)
 	@$(PY) -m benchmark.harness $(ARGS)
+
+eval-quick: setup  ## a reduced evaluation in less than ten minutes: pool, no pool, stock instances
+	@$(PY) -m benchmark.evaluation --quick $(ARGS)
+
+eval: setup  ## the whole evaluation, an hour (ARGS="--peer-router PYTHON --data DIR ...")
+	@$(PY) -m benchmark.evaluation $(ARGS)
+	@$(PY) -m benchmark.pictures
+
+pictures: setup  ## the figures of docs/evaluation.md from benchmark/results
+	@$(PY) -m benchmark.pictures
 
 lock:  ## resolve requirements/lock.txt again from pyproject.toml, keeping what still fits
 	@$(PY) tools/lock.py $(ARGS)

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
 # Taken when the benchmark begins: it makes load itself.
 _LOAD_BEFORE = round(os.getloadavg()[0], 2)
+# A list of numbers alone.
+_ROW = re.compile(r"\[[\d\s.,eE+-]+\]")
 # Clusters are started by the tests' harness: one way to start and to end servers.
 sys.path.insert(0, str(ROOT / "test"))
 
@@ -76,6 +79,10 @@ def spread(samples: Sequence[float], digits: int = 4) -> dict[str, float]:
     }
 
 
+def _on_one_line(row: re.Match[str]) -> str:
+    return "[" + " ".join(row[0][1:-1].split()) + "]"
+
+
 def report(name: str, results: Any, started_s: float, file: Path | None) -> None:
     value = {
         "benchmark": name,
@@ -84,7 +91,7 @@ def report(name: str, results: Any, started_s: float, file: Path | None) -> None
         "seconds": round(time.monotonic() - started_s, 1),
         "results": results,
     }
-    text = json.dumps(value, indent=2) + "\n"
+    text = _ROW.sub(_on_one_line, json.dumps(value, indent=2)) + "\n"
     if file is None:
         print(text, end="")
     else:

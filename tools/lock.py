@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements" / "lock.txt"
 HEADER = """\
-# Exact versions of the whole working set (engine and dev extras), tried together on Linux x86-64,
+# Exact versions of the whole working set (all extras), tried together on Linux x86-64,
 # Python 3.11 to 3.13. Written by `make lock`; no addresses and no hashes, so any registry will do.
 """
 
@@ -22,7 +22,8 @@ def main(arguments: list[str]) -> int:
     command = [str(uv), "pip", "compile", "-q", "--no-annotate", "--no-header"]
     # The oldest Python served, and the platform tag that SGLang's wheel asks for.
     command += ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_34"]
-    command += ["--extra", "engine", "--extra", "dev", "--output-file", str(LOCK)]
+    command += ["--extra", "engine", "--extra", "dev", "--extra", "eval"]
+    command += ["--output-file", str(LOCK)]
     command += ["pyproject.toml", *arguments]
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=600)
     if result.returncode != 0:

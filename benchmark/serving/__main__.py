@@ -28,7 +28,7 @@ from benchmark.harness import ROOT, report
 from benchmark.workloads.registry import get, warm_up
 from benchmark.workloads.request import Workload, first
 
-from . import fronts, servers
+from . import fronts, servers, trace
 from .replay import Target, replay
 from .servers import Given, RunningFleet, Sizes
 from .setups import SETUPS, Engine, Setup, choose
@@ -41,12 +41,14 @@ _QUIET_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that is replayed against each set-up. ``limit_s``: for one replay."""
+    """Everything that is replayed against each set-up. ``limit_s``: for one replay. ``record``:
+    where to write what was sent, the last replay's in the end."""
 
     workloads: tuple[Workload, ...]
     rates: tuple[float, ...]
     rounds: int
     limit_s: float
+    record: Path | None = None
 
     def runs(self) -> Iterator[tuple[int, Workload, float]]:
         return itertools.product(range(self.rounds), self.workloads, self.rates)
@@ -73,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--peer-router", metavar="PYTHON", help="of an environment with sglang-router")
     add("--peer-vllm", metavar="PYTHON", help="of an environment with vLLM's CPU build")
     add("--limit-s", type=float, default=400.0, help="for one replay (default %(default)g)")
+    add("--record", type=Path, metavar="FILE", help="write what was sent, for the simulator")
     add("--json", type=Path, metavar="FILE")
     add("--list", action="store_true", help="say what set-ups there are")
     return parser
@@ -93,12 +96,14 @@ def make_plan(options: argparse.Namespace) -> Plan:
         if options.requests < 1:
             raise ConfigError("--requests must be positive")
         workloads = [first(workload, options.requests) for workload in workloads]
-    return Plan(tuple(workloads), rates, options.rounds, options.limit_s)
+    return Plan(tuple(workloads), rates, options.rounds, options.limit_s, options.record)
 
 
-def measure(target: Target, workload: Workload, rate: float, limit_s: float) -> dict[str, Any]:
+def measure(target: Target, workload: Workload, rate: float, plan: Plan) -> dict[str, Any]:
     before = router_counters(target.url)
-    samples = asyncio.run(replay(target, workload, rate, limit_s))
+    samples = asyncio.run(replay(target, workload, rate, plan.limit_s))
+    if plan.record is not None:
+        trace.write(samples, Path(target.model), plan.record)
     result = summarize(samples)
     time.sleep(_QUIET_S)
     after = router_counters(target.url)
@@ -115,7 +120,7 @@ def run_attached(url: str, plan: Plan) -> Iterator[dict[str, Any]]:
     except (requests.RequestException, ValueError, LookupError, TypeError) as error:
         raise MemServeError(f"{url} does not say which models it serves: {error}") from error
     for number, workload, rate in plan.runs():
-        measured = measure(target, workload, rate, plan.limit_s)
+        measured = measure(target, workload, rate, plan)
         yield {"setup": "attached", "round": number, **measured}
 
 
@@ -137,7 +142,7 @@ def run_setups(
                             time.sleep(_QUIET_S)
                             fleet.flush()
                             time.sleep(_QUIET_S)
-                            result = measure(target, workload, rate, plan.limit_s)
+                            result = measure(target, workload, rate, plan)
                             _say_result(setup.name, result)
                             yield {**_describe(setup, fleet, given), "round": number, **result}
 

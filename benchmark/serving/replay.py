@@ -50,6 +50,7 @@ class Sample:
     cached_tokens: int = 0
     generated_tokens: int = 0
     error: str = ""
+    prompt: list[Message] = field(default_factory=list)
 
     @property
     def ttft_s(self) -> float:
@@ -117,6 +118,7 @@ class _Client:
                 sample.error = "the turn before failed"
                 return told
         told.messages += turn.messages
+        sample.prompt = list(told.messages)
         await asyncio.sleep(max(0.0, turn.arrival_s / self._rate - self._now_s()))
         try:
             answer = await self._ask(turn, told.messages, sample)

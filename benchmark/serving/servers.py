@@ -22,8 +22,9 @@ from .setups import DevicePool, Engine, Fleet
 START_LIMIT_S = 420.0
 _FLUSH_LIMIT_S = 30.0
 _POLL_S = 0.3
+_PAGE = 16
 # Of one token in SmolLM2-135M's KV cache, all layers.
-_TOKEN_BYTES = 30 * 2 * 3 * 64 * 2
+TOKEN_BYTES = 30 * 2 * 3 * 64 * 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class Sizes:
     dram_mib: int = 1024
 
     def device_tokens(self, pool: DevicePool) -> int:
-        more = self.dram_mib * 2**20 // _TOKEN_BYTES if pool is DevicePool.LARGE else 0
+        more = self.dram_mib * 2**20 // TOKEN_BYTES if pool is DevicePool.LARGE else 0
         return self.hbm_tokens + more
 
 
@@ -106,7 +107,7 @@ def start(fleet: Fleet, given: Given, folder: Path) -> Iterator[RunningFleet]:
             core = cores[index % len(cores)]
             log = folder / f"{fleet.name}-{index}.log"
             argv = ("taskset", "-c", str(core), *_argv(fleet, role, port, front_port, given))
-            extra = _vllm_environment(index) if fleet.engine is Engine.VLLM else {}
+            extra = _vllm_environment(core) if fleet.engine is Engine.VLLM else {}
             command = Command(f"{fleet.name}-{index}", argv, {**environment, **extra}, log)
             processes.append(stack.enter_context(GuardedProcess(command)))
             instances.append(Instance(role, f"http://127.0.0.1:{port}", core, log))
@@ -138,18 +139,20 @@ def _vllm(fleet: Fleet, port: int, tokens: int, given: Given) -> Sequence[str]:
     argv = [given.peer_vllm, "-m", "vllm.entrypoints.openai.api_server"]
     argv += ["--model", str(given.model), "--host", "127.0.0.1", "--port", str(port)]
     argv += ["--dtype", "bfloat16", "--max-model-len", "8192", "--enable-prompt-tokens-details"]
-    argv += ["--kv-cache-memory-bytes", str(tokens * _TOKEN_BYTES)]
+    argv += ["--block-size", str(_PAGE), "--num-gpu-blocks-override", str(tokens // _PAGE)]
     if Role.BOTH not in fleet.roles:
         argv += ["--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}']
     return argv
 
 
-def _vllm_environment(index: int) -> dict[str, str]:
+def _vllm_environment(core: int) -> dict[str, str]:
     # The side channel's port is fixed by default, so two instances would collide.
     (port,) = free_ports(1, taken=set())
     return {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": str(core),
+        # More than is used: the number of blocks is said.
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_NO_USAGE_STATS": "1",
     }

@@ -1,0 +1,101 @@
+"""``python -m benchmark.evaluation``: the measurements that docs/evaluation.md quotes, in parts.
+
+``--quick`` runs one part with no peer and no data files in under ten minutes. Without it, all
+parts; those whose peer is not given are left out, and so named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmark.harness import RESULTS, ROOT
+
+_LIMIT_S = 3600.0
+_EACH = ("chat", "react", "documents", "programs", "control")
+_STOCK = ("stock-round-robin", "stock-cache-aware", "stock-cache-aware-tuned")
+_DESIGNS = ("basic", "caching-2", "caching-3")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One call of ``benchmark.serving``. ``needs``: the options it cannot do without."""
+
+    name: str
+    setups: tuple[str, ...]
+    workloads: tuple[str, ...]
+    rates: tuple[float, ...] = (1.0,)
+    needs: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"evaluation-{self.name}.json"
+
+
+QUICK = Part("quick", ("stock", "pool", "no-pool"), ("chat", "control"), (2.0,),
+             extra=("--requests", "40"))  # fmt: skip
+PARTS = (
+    Part("main", (*_STOCK, "pool", "no-pool"), _EACH, needs=("peer_router",)),
+    Part("load", (_STOCK[-1], "pool"), ("chat",), (0.5, 1.5, 2.0), needs=("peer_router",)),
+    Part("memory", ("stock-large-cache-aware-tuned",), ("chat", "react"), needs=("peer_router",)),
+    Part("routing", ("pool", "pool-prefix", "pool-session", "pool-least-load", "pool-round-robin",
+                     "no-pool", "no-pool-session"), ("documents",)),
+    Part("designs", ("1p1d", *(f"1p1d-{design}" for design in _DESIGNS)), ("chat",)),
+    Part("designs-2p1d", ("2p1d", *(f"2p1d-{design}" for design in _DESIGNS)), ("chat",)),
+    Part("vllm", ("vllm",), ("chat", "react", "control"), needs=("peer_vllm",)),
+    Part("vllm-1p1d", ("vllm-1p1d",), ("chat",), needs=("peer_vllm",)),
+)  # fmt: skip
+
+
+def command(part: Part, options: argparse.Namespace) -> list[str]:
+    argv = [sys.executable, "-m", "benchmark.serving"]
+    argv += ["--setup", ",".join(part.setups), "--workload", ",".join(part.workloads)]
+    argv += ["--rate", ",".join(f"{rate * options.rate:g}" for rate in part.rates)]
+    argv += ["--json", str(part.file.relative_to(ROOT)), *part.extra]
+    for flag in ("peer_router", "peer_vllm", "data"):
+        value = getattr(options, flag)
+        if value is not None:
+            argv += [f"--{flag.replace('_', '-')}", str(value)]
+    return argv
+
+
+def possible(parts: Sequence[Part], options: argparse.Namespace) -> Iterator[Part]:
+    for part in parts:
+        missing = [flag for flag in part.needs if getattr(options, flag) is None]
+        if options.only and part.name not in options.only.split(","):
+            continue
+        if missing:
+            flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in missing)
+            print(f"{part.name}: left out, needs {flags}", file=sys.stderr)
+        else:
+            yield part
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmark.evaluation", description=__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true")
+    add("--only", metavar="NAMES", help=", ".join(part.name for part in PARTS))
+    add("--rate", type=float, default=1.0, help="times that of each part, for other machines")
+    add("--peer-router", metavar="PYTHON", help="of an environment with sglang-router")
+    add("--peer-vllm", metavar="PYTHON", help="of an environment with vLLM's CPU build")
+    add("--data", type=Path, metavar="DIR", help="files of the react and documents workloads")
+    options = parser.parse_args()
+    failed = []
+    for part in possible((QUICK,) if options.quick else PARTS, options):
+        argv = command(part, options)
+        print(" ".join(["python", *argv[1:]]), file=sys.stderr, flush=True)
+        code = subprocess.run(argv, cwd=ROOT, timeout=_LIMIT_S).returncode
+        failed += [part.name] if code else []
+    if failed:
+        print("failed: " + ", ".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
