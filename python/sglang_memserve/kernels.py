@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from sgl_kernel_ext.tables import RowTable
+    from sgl_kernel_ext.engine import ThinLinear
+    from sgl_kernel_ext.tables import Dtype, RowTable
 
     Rows = Sequence[int] | NDArray[np.int64]
 
@@ -90,6 +91,10 @@ class Native(Protocol):
     ) -> list[bytes]: ...
 
     def radix_tree(self, max_pages: int, position_limit: int = ...) -> RadixTreeCore: ...
+
+    def thin_linear(
+        self, weight: int, n: int, k: int, stride: int, bias: int, dtype: Dtype
+    ) -> ThinLinear: ...
 
 
 @functools.cache

@@ -13,9 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import reference
+from .engine import ThinLinear as ThinLinear
+from .engine import isa as isa
+from .engine import limit_isa as limit_isa
+from .engine import thin_linear as thin_linear
 from .switch import NATIVE as NATIVE
 from .switch import WHY_NOT_NATIVE as WHY_NOT_NATIVE
-from .tables import Isa, RowTable, Sha, Store
+from .tables import RowTable, Sha, Store
 
 if TYPE_CHECKING:
     from ._native import RadixTree
@@ -30,17 +34,6 @@ Tokens = Sequence[int] | NDArray[np.integer]
 def cpu_features() -> dict[str, bool]:
     """Which of the instruction sets that ops choose among this processor has."""
     return _native.cpu_features() if NATIVE else {}
-
-
-def isa() -> Isa:
-    """What the engine's ops run on now."""
-    return Isa(_native.isa()) if NATIVE else Isa.PLAIN
-
-
-def limit_isa(best: Isa) -> None:
-    """For tests and comparisons: nothing better than ``best`` from now on, in this process."""
-    if NATIVE:
-        _native.limit_isa(best)
 
 
 def row_table(
