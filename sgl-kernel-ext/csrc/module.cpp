@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "engine_module.h"
+#include "attention_module.h"
 #include "integers.h"
 #include "memserve/cpu.h"
 #include "memserve/rows.h"
@@ -108,6 +109,7 @@ NB_MODULE(_native, module) {
     module.def("cpu_features", &cpu_features);
     bind_radix_tree(module);
     bind_engine(module);
+    bind_attention(module);
     module.def("page_keys", &page_keys, "tokens"_a.none(), "page_size"_a, "seed"_a, "sha"_a);
     module.def("copy_rows", &copy_rows, "to_pointers"_a.noconvert(), "to_strides"_a.noconvert(),
                "from_pointers"_a.noconvert(), "from_strides"_a.noconvert(),

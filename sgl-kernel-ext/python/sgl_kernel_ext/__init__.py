@@ -2,12 +2,13 @@
 
 Modules, in order of dependency:
 
-- ``tables``: what the ops are handed
-- ``reference``, ``reference_engine``: every op in plain Python and numpy; the oracle, and what runs
-  without a compiler
+- ``tables``, ``attention``: what the ops are handed
+- ``reference``, ``reference_engine``, ``reference_attention``: every op in plain Python and numpy;
+  the oracle, and what runs without a compiler
 - ``switch``: whether native ops run
 - ``_native``: the same in C++ (absent where it could not be built)
 - ``engine``: the ops of a model's layers
+- ``attention_ops``: paged attention
 - ``ops``: the ops to call, native where ``_native`` is there and not switched off
 """
 

@@ -53,3 +53,70 @@ class RadixTree:
     def rings(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+
+class AttentionPlan:
+    def __init__(
+        self,
+        table: int,
+        itemsize: int,
+        rows: int,
+        columns: int,
+        stride: int,
+        requests: Sequence[int],
+        lengths: Sequence[int],
+        new_rows: Sequence[int],
+        written: int,
+        written_itemsize: int,
+        written_count: int,
+    ) -> None: ...
+    def translated(self, address: int, itemsize: int, count: int) -> AttentionPlan: ...
+    @property
+    def rows(self) -> int: ...
+
+class PagedAttention:
+    def __init__(
+        self,
+        key: int,
+        key_slot: int,
+        key_head: int,
+        value: int,
+        value_slot: int,
+        value_head: int,
+        slots: int,
+        q_heads: int,
+        kv_heads: int,
+        qk_dim: int,
+        v_dim: int,
+        dtype: int,
+        scale: float,
+        softcap: float,
+        window: int,
+        causal: bool,
+    ) -> None: ...
+    def attend(
+        self,
+        plan: object,
+        query: int,
+        query_stride: int,
+        key: int,
+        key_stride: int,
+        value: int,
+        value_stride: int,
+        out: int,
+        out_stride: int,
+        lse: int,
+        threads: int,
+        /,
+    ) -> None: ...
+
+def merge_state(
+    out_a: int,
+    lse_a: int,
+    out_b: int,
+    lse_b: int,
+    out: int,
+    lse: int,
+    rows: int,
+    dim: int,
+    dtype: int,
+) -> None: ...

@@ -13,6 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import reference
+from .attention_ops import attention_plan as attention_plan
+from .attention_ops import merge_state as merge_state
+from .attention_ops import paged_attention as paged_attention
 from .engine import ThinLinear as ThinLinear
 from .engine import isa as isa
 from .engine import limit_isa as limit_isa
