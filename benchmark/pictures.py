@@ -7,14 +7,14 @@ named.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
 
-from benchmark.harness import RESULTS, ROOT
+from benchmark.harness import ROOT
+from benchmark.results import Missing, Run, load, merged
 
 matplotlib.use("Agg")
 
@@ -36,19 +36,9 @@ _COLOURS = {
 }
 _OTHERS = ("#009e73", "#cc79a7", "#0072b2", "#d55e00", "#56b4e9", "#e69f00", "#000000")
 
-Run = dict[str, Any]
 
-
-class Missing(Exception):
-    """A results file that a figure needs is not there."""
-
-
-def load(name: str) -> list[Run]:
-    file = RESULTS / f"{name}.json"
-    if not file.is_file():
-        raise Missing(f"{file.name} is not there")
-    results: list[Run] = json.loads(file.read_text())["results"]
-    return [run for run in results if "ttft_ms" in run]
+def _runs(name: str) -> list[Run]:
+    return merged(load(name))
 
 
 def colour(setup: str, place: int) -> str:
@@ -175,36 +165,36 @@ def _finish(figure: Any, legend_of: Any, title: str, file: str) -> None:
 
 
 def _main() -> None:
-    bars(load("evaluation-main"), "Two instances, one core each, every workload", "workloads")
+    bars(_runs("evaluation-main"), "Two instances, one core each, every workload", "workloads")
 
 
 def _load() -> None:
-    runs = [r for r in load("evaluation-main") if r["workload"] == "chat"]
-    more = load("evaluation-load")
+    runs = [r for r in _runs("evaluation-main") if r["workload"] == "chat"]
+    more = _runs("evaluation-load")
     kept = {run["setup"] for run in more}
     by_load([r for r in runs if r["setup"] in kept] + more, "Chat by load", "chat-load")
 
 
 def _distributions() -> None:
     for workload in ("chat", "react"):
-        runs = [run for run in load("evaluation-main") if run["workload"] == workload]
+        runs = [run for run in _runs("evaluation-main") if run["workload"] == workload]
         distributions(runs, f"{workload}: share of requests within a time", f"{workload}-cdf")
 
 
 def _funnel() -> None:
     runs = [
-        r for r in load("evaluation-main") if r["setup"] == "pool" and r["workload"] != "control"
+        r for r in _runs("evaluation-main") if r["setup"] == "pool" and r["workload"] != "control"
     ]
     funnel(runs, "MemServe, two instances: where prompt tokens came from", "funnel")
 
 
 def _designs() -> None:
-    runs = load("evaluation-designs")
+    runs = _runs("evaluation-designs")
     bars(runs, "Chat with separate roles: caching switched on one by one", "designs")
 
 
 def _routing() -> None:
-    bars(load("evaluation-routing"), "Questions on documents by routing", "routing")
+    bars(_runs("evaluation-routing"), "Questions on documents by routing", "routing")
 
 
 def _simulated() -> None:

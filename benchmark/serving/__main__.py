@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
+import signal
 import subprocess
 import sys
 import tempfile
@@ -212,6 +213,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
+    # So that servers and logs are cleared away then too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return run(build_parser().parse_args())
     except ConfigError as error:

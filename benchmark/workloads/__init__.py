@@ -3,6 +3,7 @@
     request    Turn and Workload, and the JSONL they are written in
     words      English-looking text from a seed
     chat       conversations of several turns behind one system prompt
+    sharegpt   conversations that people had
     react      agents: a long preamble, then thought, action and observation in turns
     documents  questions about long documents, by several clients each
     programs   what SGLang frontend programs send: few-shot, tree of thought

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from sglang_memserve.errors import ConfigError
 
-from . import chat, control, documents, programs, react
+from . import chat, control, documents, programs, react, sharegpt
 from .request import Message, Turn, Workload, read
 
 WORKLOADS: dict[str, Callable[[int, Path | None], Workload]] = {
     "chat": lambda seed, _: chat.make(seed),
+    "sharegpt": sharegpt.make,
     "react": lambda seed, data: react.make(seed, data),
     "documents": lambda seed, data: documents.make(seed, data),
     "programs": lambda seed, _: programs.make(seed),

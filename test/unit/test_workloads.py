@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from sglang_memserve.errors import ConfigError
 
-from benchmark.workloads.registry import WORKLOADS, get, warm_up
+from benchmark.workloads import registry, sharegpt
+from benchmark.workloads.registry import get, warm_up
 from benchmark.workloads.request import Workload, chain, first, read, write
 
+# ShareGPT's text is not here.
+GENERATED = [name for name in registry.WORKLOADS if name != "sharegpt"]
 
-@pytest.mark.parametrize("name", WORKLOADS)
+
+@pytest.mark.parametrize("name", GENERATED)
 def test_the_same_seed_gives_the_same_requests(name: str) -> None:
     assert get(name, 7) == get(name, 7)
     assert get(name, 7).turns != get(name, 8).turns
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", GENERATED)
 def test_a_file_gives_back_what_was_written(name: str, tmp_path: Path) -> None:
     workload = get(name, 1)
     write(workload, tmp_path / "w.jsonl")
     assert get(str(tmp_path / "w.jsonl"), 1).turns == workload.turns
 
 
-@pytest.mark.parametrize("workload", [*(get(name, 3) for name in WORKLOADS), warm_up()])
+@pytest.mark.parametrize("workload", [*(get(name, 3) for name in GENERATED), warm_up()])
 def test_prompts_fit_the_model(workload: Workload) -> None:
     """8,192 positions; a token is hardly less than two and a half characters of this text."""
     for turn in workload.turns:
@@ -84,3 +89,21 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     for name in ("react", "documents"):
         with pytest.raises(ConfigError, match="must hold"):
             get(name, 1, tmp_path)
+
+
+def test_conversations_are_read_from_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    asked = [f"Question {number}? " + "Why? " * 100 for number in range(5)]
+    parts = [
+        {"from": who, "value": text}
+        for said in asked
+        for who, text in (("human", said), ("gpt", "word " * 200))
+    ]
+    talk = {"id": "x", "conversations": parts}
+    odd = {"id": "y", "conversations": parts[1:]}
+    text = json.dumps([talk, odd, *[talk] * 30])
+    (tmp_path / sharegpt.FILE).write_text(text[: -len(json.dumps(talk)) // 2])
+    made = sharegpt.make(1, tmp_path, conversations=20)
+    assert {turn.max_tokens for turn in made.turns} == {25}
+    assert [turn.messages[0].content for turn in made.turns[:4]] == asked[:4]
+    with pytest.raises(ConfigError, match="has only 30"):
+        sharegpt.make(1, tmp_path, conversations=40)

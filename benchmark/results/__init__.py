@@ -1,0 +1,50 @@
+"""Committed results, and reading those of ``benchmark.serving``."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+
+Run = dict[str, Any]
+
+
+class Missing(Exception):
+    """A results file that is asked for is not there."""
+
+
+def load(name: str) -> list[Run]:
+    """Runs in which something was answered. Raises Missing."""
+    file = FOLDER / f"{name}.json"
+    if not file.is_file():
+        raise Missing(f"{file.name} is not there")
+    results: list[Run] = json.loads(file.read_text())["results"]
+    return [run for run in results if "ttft_ms" in run]
+
+
+def merged(runs: Sequence[Run]) -> list[Run]:
+    """Rounds of the same measured thing as one run: the median of each figure, all samples. In
+    order of workload, rate and first appearance."""
+    rounds: dict[tuple[str, float, str], list[Run]] = {}
+    for run in runs:
+        key = (str(run["workload"]), float(run["rate"]), str(run["setup"]))
+        rounds.setdefault(key, []).append(run)
+    workloads = list(dict.fromkeys(key[0] for key in rounds))
+    ordered = sorted(rounds, key=lambda key: (workloads.index(key[0]), key[1]))
+    return [_median(rounds[key]) for key in ordered]
+
+
+def _median(same: Sequence[Any]) -> Any:
+    first = same[0]
+    if isinstance(first, dict):
+        whole = [key for key in first if all(key in one for one in same)]
+        return {key: _median([one[key] for one in same]) for key in whole}
+    if isinstance(first, list):
+        return [item for one in same for item in one]
+    if isinstance(first, int | float):
+        return statistics.median(same)
+    return first

@@ -1,0 +1,52 @@
+"""``python -m benchmark.tables NAME...``: results of ``benchmark.serving`` as tables in Markdown.
+
+NAME is a file in ``benchmark/results`` without its ``.json``. Medians over rounds, where there were
+several. Milliseconds become seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from benchmark.results import Run, load, merged
+
+_COLUMNS: tuple[tuple[str, Callable[[Run], float], str], ...] = (
+    ("TTFT mean, s", lambda run: run["ttft_ms"]["mean"] / 1e3, ".2f"),
+    ("P50", lambda run: run["ttft_ms"]["p50"] / 1e3, ".2f"),
+    ("P90", lambda run: run["ttft_ms"]["p90"] / 1e3, ".2f"),
+    ("P99", lambda run: run["ttft_ms"]["p99"] / 1e3, ".2f"),
+    ("TPOT mean, ms", lambda run: run["tpot_ms"]["mean"], ".0f"),
+    ("P99", lambda run: run["tpot_ms"]["p99"], ".0f"),
+    ("JCT mean, s", lambda run: run["jct_ms"]["mean"] / 1e3, ".2f"),
+    ("P99", lambda run: run["jct_ms"]["p99"] / 1e3, ".2f"),
+    ("requests/s", lambda run: run["requests_per_s"], ".2f"),
+    ("tokens/s", lambda run: run["generated_tokens_per_s"], ".0f"),
+    ("cached", lambda run: 100 * run["cached_share"], ".0f"),
+    ("moved, MB", lambda run: run.get("router", {}).get("moved_bytes", 0) / 1e6, ",.0f"),
+)
+
+
+def table(runs: Sequence[Run]) -> str:
+    """One row a set-up, workload and rate, in the order of the runs."""
+    heads = ["workload", "rate", "set-up", *(name for name, _, _ in _COLUMNS)]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for run in runs:
+        cells = [run["workload"], f"{run['rate']:g}", f"`{run['setup']}`"]
+        for name, value, form in _COLUMNS:
+            cells.append(f"{value(run):{form}}" + (" %" if name == "cached" else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmark.tables", description=__doc__)
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    for name in parser.parse_args().names:
+        print(f"{name}\n\n{table(merged(load(name)))}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
