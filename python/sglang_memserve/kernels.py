@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from sgl_kernel_ext import attention, tables
+    from sgl_kernel_ext.attention import AttentionPlan, PagedAttention
     from sgl_kernel_ext.engine import ThinLinear
-    from sgl_kernel_ext.tables import Dtype, RowTable
+    from sgl_kernel_ext.tables import RowTable
 
     Rows = Sequence[int] | NDArray[np.int64]
 
@@ -93,8 +95,40 @@ class Native(Protocol):
     def radix_tree(self, max_pages: int, position_limit: int = ...) -> RadixTreeCore: ...
 
     def thin_linear(
-        self, weight: int, n: int, k: int, stride: int, bias: int, dtype: Dtype
+        self, weight: int, n: int, k: int, stride: int, bias: int, dtype: tables.Dtype
     ) -> ThinLinear: ...
+
+    SlotTable: type[attention.SlotTable]
+    Integers: type[attention.Integers]
+    Pool: type[attention.Pool]
+    Geometry: type[attention.Geometry]
+    Dtype: type[tables.Dtype]
+
+    def attention_plan(
+        self,
+        table: attention.SlotTable,
+        requests: Sequence[int],
+        lengths: Sequence[int],
+        rows: Sequence[int],
+        written: attention.Integers,
+    ) -> AttentionPlan: ...
+
+    def paged_attention(
+        self, key: attention.Pool, value: attention.Pool, geometry: attention.Geometry
+    ) -> PagedAttention: ...
+
+    def merge_state(
+        self,
+        out_a: int,
+        lse_a: int,
+        out_b: int,
+        lse_b: int,
+        out: int,
+        lse: int,
+        rows: int,
+        dim: int,
+        dtype: tables.Dtype,
+    ) -> None: ...
 
 
 @functools.cache

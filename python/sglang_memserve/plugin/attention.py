@@ -6,6 +6,9 @@ SGLang keeps, so no layer waits for a device.
 
 K and V are read through ``get_key_buffer(layer)`` and ``get_value_buffer(layer)``: they block
 until a layer that is being restored from MemPool has arrived.
+
+Layers are computed natively where that is built and fits them (``native_attention``), else in torch
+(``cpu_kernels``).
 """
 
 from __future__ import annotations
@@ -22,9 +25,11 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+from ..kernels import native
 from . import ATTENTION_BACKEND
 from . import cpu_kernels as kernels
 from .cpu_kernels import DecodeGroup, Extend, Masks
+from .native_attention import Batch, NativeAttention
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -58,8 +63,15 @@ class MemServeCpuAttention(AttentionBackend):
         self.device = model_runner.device
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
+        ops = native()
+        self._native = (
+            None
+            if ops is None
+            else NativeAttention(ops, self.req_to_token_pool.req_to_token, self.token_to_kv_pool)
+        )
         self._supported_layers: set[int] = set()
-        self._slots: list[torch.Tensor] = []
+        self._batch = Batch((), (), (), None)
+        self._slots: list[torch.Tensor] | None = None
         self._extends: list[tuple[int, int, int]] = []
         self._masks = Masks()
         self._swa_write_slots: torch.Tensor | None = None
@@ -75,21 +87,20 @@ class MemServeCpuAttention(AttentionBackend):
             raise NotImplementedError(
                 f"attention backend {ATTENTION_BACKEND} has no speculative decoding"
             )
-        table = self.req_to_token_pool.req_to_token
         lengths = _seq_lens(forward_batch)
         requests = forward_batch.req_pool_indices.tolist()
-        self._slots = [
-            table[request, :length].long()
-            for request, length in zip(requests, lengths, strict=True)
-        ]
         self._extends = []
         self._masks = Masks()
-        if not forward_batch.forward_mode.is_decode_or_idle():
+        if forward_batch.forward_mode.is_decode_or_idle():
+            rows = [1] * len(requests)
+        else:
+            rows = [int(new) for new in forward_batch.extend_seq_lens_cpu]
             start = 0
-            prefixes, news = forward_batch.extend_prefix_lens_cpu, forward_batch.extend_seq_lens_cpu
-            for prefix, new in zip(prefixes, news, strict=True):
-                self._extends.append((start, start + int(new), int(prefix)))
-                start += int(new)
+            for prefix, new in zip(forward_batch.extend_prefix_lens_cpu, rows, strict=True):
+                self._extends.append((start, start + new, int(prefix)))
+                start += new
+        self._batch = Batch(requests, lengths, rows, forward_batch.out_cache_loc)
+        self._slots = None
         self._decode_groups = {}
         self._swa_slots = None
         self._swa_write_slots = None
@@ -97,6 +108,8 @@ class MemServeCpuAttention(AttentionBackend):
             self._swa_write_slots = self.token_to_kv_pool.translate_loc_from_full_to_swa(
                 forward_batch.out_cache_loc
             )
+        if self._native is not None:
+            self._native.plan(self._batch)
 
     def forward_extend(
         self,
@@ -109,6 +122,9 @@ class MemServeCpuAttention(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         self._require_supported(layer, kwargs)
+        done = self._attend_natively(q, k, v, layer, forward_batch, save_kv_cache)
+        if done is not None:
+            return done
         self._write(k, v, layer, forward_batch, save_kv_cache)
         query = q.view(-1, layer.tp_q_head_num, layer.qk_head_dim)
         out = q.new_empty(query.shape[0], layer.tp_q_head_num, layer.v_head_dim)
@@ -130,6 +146,9 @@ class MemServeCpuAttention(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         self._require_supported(layer, kwargs)
+        done = self._attend_natively(q, k, v, layer, forward_batch, save_kv_cache)
+        if done is not None:
+            return done
         self._write(k, v, layer, forward_batch, save_kv_cache)
         query = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         keys, values = self._buffers(layer)
@@ -150,6 +169,26 @@ class MemServeCpuAttention(AttentionBackend):
             rows = query if len(group.rows) == len(query) == 1 else query[group.rows]
             out[group.rows] = kernels.attend_decode(rows, keys, values, group, layer.scaling)
         return out.view(query.shape[0], -1)
+
+    def _attend_natively(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+    ) -> torch.Tensor | None:
+        """``[rows, q_heads * v_dim]``; None where torch has to compute it."""
+        if self._native is None:
+            return None
+        keys, values = self._buffers(layer)
+        if not self._native.prepare(layer, q.dtype, keys, values):
+            return None
+        if not self._native.writes(layer) or not save_kv_cache:
+            self._write(k, v, layer, forward_batch, save_kv_cache)
+            k = v = None
+        return self._native.attend(layer, q, k, v)
 
     def _extend(
         self,
@@ -217,6 +256,12 @@ class MemServeCpuAttention(AttentionBackend):
 
     def _layer_slots(self, layer: RadixAttention) -> list[torch.Tensor]:
         """Slots of each request in the pool that holds this layer."""
+        if self._slots is None:
+            table = self.req_to_token_pool.req_to_token
+            self._slots = [
+                table[request, :length].long()
+                for request, length in zip(self._batch.requests, self._batch.lengths, strict=True)
+            ]
         if not self._is_swa_layer(layer):
             return self._slots
         if self._swa_slots is None:

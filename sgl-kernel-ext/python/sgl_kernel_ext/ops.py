@@ -13,6 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import reference
+from .attention import Geometry as Geometry
+from .attention import Integers as Integers
+from .attention import Pool as Pool
+from .attention import SlotTable as SlotTable
 from .attention_ops import attention_plan as attention_plan
 from .attention_ops import merge_state as merge_state
 from .attention_ops import paged_attention as paged_attention
@@ -22,6 +26,7 @@ from .engine import limit_isa as limit_isa
 from .engine import thin_linear as thin_linear
 from .switch import NATIVE as NATIVE
 from .switch import WHY_NOT_NATIVE as WHY_NOT_NATIVE
+from .tables import Dtype as Dtype
 from .tables import RowTable, Sha, Store
 
 if TYPE_CHECKING:
