@@ -26,12 +26,12 @@ def make(
     seed: int,
     data: Path | None,
     *,
-    agents: int = 20,
-    steps: int = 4,
-    observation_words: tuple[int, int] = (30, 80),
+    agents: int = 32,
+    steps: int = 5,
+    observation_words: tuple[int, int] = (50, 130),
     answer_tokens: tuple[int, int] = (20, 36),
-    within_s: float = 45.0,
-    pause_s: tuple[float, float] = (1.0, 3.0),
+    within_s: float = 60.0,
+    pause_s: tuple[float, float] = (2.0, 6.0),
 ) -> Workload:
     """``pause_s``: what the tool takes. Raises ConfigError when ``data`` lacks the files."""
     source = random.Random(f"react {seed}")
