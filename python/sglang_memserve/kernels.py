@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sgl_kernel_ext import attention, tables
     from sgl_kernel_ext.attention import AttentionPlan, PagedAttention
-    from sgl_kernel_ext.engine import ThinLinear
+    from sgl_kernel_ext.engine import KvSlots, RmsNorm, Rotary, ThinLinear
     from sgl_kernel_ext.tables import RowTable
 
     Rows = Sequence[int] | NDArray[np.int64]
@@ -103,6 +103,9 @@ class Native(Protocol):
     Pool: type[attention.Pool]
     Geometry: type[attention.Geometry]
     Dtype: type[tables.Dtype]
+    NormForm: type[tables.NormForm]
+    RotaryStyle: type[tables.RotaryStyle]
+    Activation: type[tables.Activation]
 
     def attention_plan(
         self,
@@ -128,6 +131,54 @@ class Native(Protocol):
         rows: int,
         dim: int,
         dtype: tables.Dtype,
+    ) -> None: ...
+
+    def rms_norm(
+        self,
+        weight: int,
+        width: int,
+        eps: float,
+        dtype: tables.Dtype,
+        weight_dtype: tables.Dtype,
+        form: tables.NormForm,
+    ) -> RmsNorm: ...
+
+    def kv_slots(
+        self,
+        k: int,
+        k_stride: int,
+        k_width: int,
+        v: int,
+        v_stride: int,
+        v_width: int,
+        slots: int,
+        dtype: tables.Dtype,
+    ) -> KvSlots: ...
+
+    def rotary(
+        self,
+        cache: int,
+        positions: int,
+        rotary_dim: int,
+        head_dim: int,
+        q_heads: int,
+        k_heads: int,
+        dtype: tables.Dtype,
+        cache_dtype: tables.Dtype,
+        style: tables.RotaryStyle,
+    ) -> Rotary: ...
+
+    def gate(
+        self,
+        x: int,
+        x_stride: int,
+        out: int,
+        out_stride: int,
+        rows: int,
+        width: int,
+        dtype: tables.Dtype,
+        activation: tables.Activation,
+        threads: int,
     ) -> None: ...
 
 

@@ -1,16 +1,15 @@
 #include "memserve/linear.h"
 
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 
+#include "checks.h"
 #include "memserve/team.h"
 
 namespace memserve {
 
 namespace {
 
-constexpr std::int64_t most_elements = std::int64_t{1} << 40;
 constexpr std::int64_t most_k = std::int64_t{1} << 24;
 constexpr std::int64_t panel = 16;
 constexpr std::int64_t bytes_per_task = std::int64_t{64} << 10;
@@ -101,8 +100,8 @@ MEMSERVE_INLINE void rows_of(const ThinWeight &weight, const ThinCall &call, std
     }
 }
 
-MEMSERVE_INLINE void rows_any(const ThinWeight &weight, const ThinCall &call, std::int64_t first,
-                              std::int64_t last) {
+MEMSERVE_INLINE void rows_body(const ThinWeight &weight, const ThinCall &call, std::int64_t first,
+                               std::int64_t last) {
     switch (weight.dtype) {
         case Dtype::bf16: return rows_of<Bf16>(weight, call, first, last);
         case Dtype::fp16: return rows_of<Fp16>(weight, call, first, last);
@@ -110,34 +109,8 @@ MEMSERVE_INLINE void rows_any(const ThinWeight &weight, const ThinCall &call, st
     }
 }
 
-using Rows = void (*)(const ThinWeight &, const ThinCall &, std::int64_t, std::int64_t);
-
-void rows_plain(const ThinWeight &weight, const ThinCall &call, std::int64_t first,
-                std::int64_t last) {
-    rows_any(weight, call, first, last);
-}
-
-#if defined(__x86_64__)
-MEMSERVE_AVX2 void rows_avx2(const ThinWeight &weight, const ThinCall &call, std::int64_t first,
-                             std::int64_t last) {
-    rows_any(weight, call, first, last);
-}
-
-MEMSERVE_AVX512 void rows_avx512(const ThinWeight &weight, const ThinCall &call,
-                                 std::int64_t first, std::int64_t last) {
-    rows_any(weight, call, first, last);
-}
-#endif
-
-Rows rows_for(Isa level) {
-#if defined(__x86_64__)
-    if (level >= Isa::avx512) return rows_avx512;
-    if (level == Isa::avx2) return rows_avx2;
-#else
-    (void)level;
-#endif
-    return rows_plain;
-}
+MEMSERVE_LEVELS(rows, (const ThinWeight &weight, const ThinCall &call, std::int64_t first,
+                       std::int64_t last), (weight, call, first, last))
 
 template <typename Work>
 void over_outputs(const ThinWeight &weight, unsigned threads, const Work &work) {
@@ -152,48 +125,22 @@ void over_outputs(const ThinWeight &weight, unsigned threads, const Work &work) 
     });
 }
 
-void refuse(const std::string &why) { throw std::invalid_argument("thin linear: " + why); }
-
-void check_address(const char *what, const void *address, std::size_t alignment) {
-    const auto number = reinterpret_cast<std::uintptr_t>(address);
-    if (number == 0) refuse(std::string(what) + " is at address 0");
-    if (number % alignment != 0) {
-        refuse(std::string(what) + " is not aligned to " + std::to_string(alignment) + " bytes");
-    }
-}
-
-// Of `rows` rows of `width` elements, `stride` apart.
-void check_stride(const char *what, std::int64_t rows, std::int64_t width, std::int64_t stride) {
-    if (stride < width && rows > 1) {
-        refuse(std::string(what) + ": rows of " + std::to_string(width) + " elements, " +
-               std::to_string(stride) + " apart");
-    }
-    if (stride < 0 || stride > most_elements / rows) {
-        refuse(std::string(what) + ": " + std::to_string(stride) + " elements between rows");
-    }
-}
-
 }  // namespace
-
-std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
 
 void check_weight(const ThinWeight &weight) {
     if (weight.n <= 0 || weight.k <= 0 || weight.n > most_elements || weight.k > most_k) {
         refuse("weights of " + std::to_string(weight.n) + " x " + std::to_string(weight.k));
     }
-    check_stride("weights", weight.n, weight.k, weight.stride);
-    check_address("weight", weight.weight, bytes_of(weight.dtype));
-    if (weight.bias != nullptr) check_address("bias", weight.bias, bytes_of(weight.dtype));
+    check_rows("weight", weight.weight, weight.n, weight.k, weight.stride, weight.dtype);
+    if (weight.bias != nullptr) check_rows("bias", weight.bias, 1, weight.n, weight.n, weight.dtype);
 }
 
 void check_call(const ThinWeight &weight, const ThinCall &call) {
     if (call.rows < 1 || call.rows > most_thin_rows) {
         refuse(std::to_string(call.rows) + " rows are not in 1..16");
     }
-    check_stride("x", call.rows, weight.k, call.x_stride);
-    check_stride("out", call.rows, weight.n, call.out_stride);
-    check_address("x", call.x, bytes_of(weight.dtype));
-    check_address("out", call.out, bytes_of(weight.dtype));
+    check_rows("x", call.x, call.rows, weight.k, call.x_stride, weight.dtype);
+    check_rows("out", call.out, call.rows, weight.n, call.out_stride, weight.dtype);
 }
 
 void thin_linear(const ThinWeight &weight, const ThinCall &call, unsigned threads) {
@@ -206,7 +153,7 @@ void thin_linear(const ThinWeight &weight, const ThinCall &call, unsigned thread
         });
     }
 #endif
-    const Rows rows = rows_for(level);
+    const auto rows = rows_for(level);
     over_outputs(weight, threads, [&](std::int64_t first, std::int64_t last) {
         rows(weight, call, first, last);
     });

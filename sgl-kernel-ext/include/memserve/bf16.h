@@ -20,6 +20,8 @@ namespace memserve {
 // How activations and weights are kept. Values are those of `tables.Dtype`.
 enum class Dtype { bf16 = 0, fp16 = 1, fp32 = 2 };
 
+constexpr std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
+
 struct Bf16 {
     std::uint16_t bits;
 };

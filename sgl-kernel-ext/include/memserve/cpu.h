@@ -38,3 +38,20 @@ void limit_isa(Isa best);
     __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #endif
 #define MEMSERVE_INLINE inline __attribute__((always_inline))
+
+// Compiles `name_body`, an inline function, for every level that compilers vectorise differently;
+// `name_for(isa())` is then the one to call.
+#if defined(__x86_64__)
+#define MEMSERVE_LEVELS(name, parameters, arguments)                              \
+    void name##_plain parameters { name##_body arguments; }                       \
+    MEMSERVE_AVX2 void name##_avx2 parameters { name##_body arguments; }          \
+    MEMSERVE_AVX512 void name##_avx512 parameters { name##_body arguments; }      \
+    decltype(&name##_plain) name##_for(Isa level) {                               \
+        if (level >= Isa::avx512) return name##_avx512;                           \
+        return level == Isa::avx2 ? name##_avx2 : name##_plain;                   \
+    }
+#else
+#define MEMSERVE_LEVELS(name, parameters, arguments)        \
+    void name##_plain parameters { name##_body arguments; } \
+    decltype(&name##_plain) name##_for(Isa) { return name##_plain; }
+#endif

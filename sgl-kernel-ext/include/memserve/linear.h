@@ -30,8 +30,6 @@ struct ThinCall {
     std::int64_t out_stride;
 };
 
-std::size_t bytes_of(Dtype dtype);
-
 // Throw std::invalid_argument for what cannot be.
 void check_weight(const ThinWeight &weight);
 void check_call(const ThinWeight &weight, const ThinCall &call);

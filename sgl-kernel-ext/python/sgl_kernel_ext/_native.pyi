@@ -32,6 +32,84 @@ class ThinLinear:
         self, x: int, rows: int, x_stride: int, out: int, out_stride: int, threads: int
     ) -> None: ...
 
+class RmsNorm:
+    def __init__(
+        self, weight: int, width: int, eps: float, dtype: int, weight_dtype: int, form: int
+    ) -> None: ...
+    def apply(
+        self, x: int, x_stride: int, out: int, out_stride: int, rows: int, threads: int
+    ) -> None: ...
+    def add_and_apply(
+        self,
+        x: int,
+        x_stride: int,
+        residual: int,
+        residual_stride: int,
+        out: int,
+        out_stride: int,
+        rows: int,
+        threads: int,
+    ) -> None: ...
+
+class KvSlots:
+    def __init__(
+        self,
+        k: int,
+        k_stride: int,
+        k_width: int,
+        v: int,
+        v_stride: int,
+        v_width: int,
+        slots: int,
+        dtype: int,
+    ) -> None: ...
+    def write(
+        self, slots: int, rows: int, k: int, k_stride: int, v: int, v_stride: int, threads: int
+    ) -> None: ...
+
+class Rotary:
+    def __init__(
+        self,
+        cache: int,
+        positions: int,
+        rotary_dim: int,
+        head_dim: int,
+        q_heads: int,
+        k_heads: int,
+        dtype: int,
+        cache_dtype: int,
+        style: int,
+    ) -> None: ...
+    def apply(
+        self, positions: int, rows: int, q: int, q_stride: int, k: int, k_stride: int, threads: int
+    ) -> None: ...
+    def apply_and_write(
+        self,
+        positions: int,
+        rows: int,
+        q: int,
+        q_stride: int,
+        k: int,
+        k_stride: int,
+        kv: KvSlots,
+        slots: int,
+        v: int,
+        v_stride: int,
+        threads: int,
+    ) -> None: ...
+
+def gate(
+    x: int,
+    x_stride: int,
+    out: int,
+    out_stride: int,
+    rows: int,
+    width: int,
+    dtype: int,
+    activation: int,
+    threads: int,
+) -> None: ...
+
 class RadixTree:
     def __init__(self, max_pages: int, position_limit: int = ...) -> None: ...
     def match_tiers(self, keys: Sequence[int]) -> list[tuple[int, int, int, int]]: ...

@@ -3,11 +3,11 @@ a caller that has a torch tensor hands over ``data_ptr()``, and keeps it alive."
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from . import reference_engine as reference
 from .switch import NATIVE
-from .tables import Dtype, Isa
+from .tables import Activation, Dtype, Isa, NormForm, RotaryStyle
 
 if NATIVE:
     from . import _native
@@ -49,3 +49,138 @@ def thin_linear(weight: int, n: int, k: int, stride: int, bias: int, dtype: Dtyp
     """
     made = _native.ThinLinear if NATIVE else reference.ThinLinear
     return made(weight, n, k, stride, bias, dtype)
+
+
+class RmsNorm(Protocol):
+    """A norm's weight, checked once. Rows are ``[rows, width]`` of the norm's dtype, any distance
+    apart. Let go of the GIL from 16,384 elements on. Raise ValueError for what cannot be."""
+
+    def apply(
+        self, x: int, x_stride: int, out: int, out_stride: int, rows: int, threads: int
+    ) -> None:
+        """``out = norm(x) * weight``; ``out`` may be ``x``."""
+
+    def add_and_apply(
+        self,
+        x: int,
+        x_stride: int,
+        residual: int,
+        residual_stride: int,
+        out: int,
+        out_stride: int,
+        rows: int,
+        threads: int,
+    ) -> None:
+        """``residual += x; out = norm(residual) * weight``, where the norm is of the sum before it
+        is rounded (``NormForm.GEMMA``: after). ``out`` may be ``x``, not ``residual``."""
+
+
+def rms_norm(
+    weight: int, width: int, eps: float, dtype: Dtype, weight_dtype: Dtype, form: NormForm
+) -> RmsNorm:
+    """``x / sqrt(mean(x ** 2) + eps)`` over rows of ``width``, times ``weight`` ``[width]``, which
+    is of the activations' dtype or fp32. On x86-64 it has the bits of SGLang's ``forward_native``.
+
+    Raises ValueError for sizes, addresses, dtypes or an eps that cannot be.
+    """
+    made = _native.RmsNorm if NATIVE else reference.RmsNorm
+    return made(weight, width, eps, dtype, weight_dtype, form)
+
+
+class KvSlots(Protocol):
+    """One layer's pool of K and V, checked once."""
+
+    def write(
+        self, slots: int, rows: int, k: int, k_stride: int, v: int, v_stride: int, threads: int
+    ) -> None:
+        """``pool[slots[i]] = k[i], v[i]``; ``slots`` int64 ``[rows]``. Where two rows name one
+        slot, what it holds afterwards is not defined. Raises IndexError for a slot beyond the pool
+        before anything is written, ValueError for what cannot be."""
+
+
+def kv_slots(
+    k: int,
+    k_stride: int,
+    k_width: int,
+    v: int,
+    v_stride: int,
+    v_width: int,
+    slots: int,
+    dtype: Dtype,
+) -> KvSlots:
+    """K ``[slots, k_width]`` and V ``[slots, v_width]`` of one layer (widths are heads times their
+    size), a token's rows ``k_stride`` and ``v_stride`` elements apart."""
+    made = _native.KvSlots if NATIVE else reference.KvSlots
+    return made(k, k_stride, k_width, v, v_stride, v_width, slots, dtype)
+
+
+class Rotary(Protocol):
+    """A rotary embedding, checked once. ``positions`` int64 ``[rows]``; ``q`` and ``k``
+    ``[rows, heads * head_dim]`` are turned in place. Raise IndexError for a position beyond the
+    cache (or a slot beyond the pool) before anything is written, ValueError for what cannot be."""
+
+    def apply(
+        self, positions: int, rows: int, q: int, q_stride: int, k: int, k_stride: int, threads: int
+    ) -> None: ...
+
+    def apply_and_write(
+        self,
+        positions: int,
+        rows: int,
+        q: int,
+        q_stride: int,
+        k: int,
+        k_stride: int,
+        kv: KvSlots,
+        slots: int,
+        v: int,
+        v_stride: int,
+        threads: int,
+    ) -> None:
+        """Also writes the turned k, and v, to the pool, as ``KvSlots.write``."""
+
+
+def rotary(
+    cache: int,
+    positions: int,
+    rotary_dim: int,
+    head_dim: int,
+    q_heads: int,
+    k_heads: int,
+    dtype: Dtype,
+    cache_dtype: Dtype,
+    style: RotaryStyle,
+) -> Rotary:
+    """``cache`` ``[positions, rotary_dim]``: cosines, then sines, contiguous, as SGLang's
+    ``RotaryEmbedding.cos_sin_cache``. The first ``rotary_dim`` numbers (even, at most 1,024) of
+    each head are turned, with the roundings and bits of its ``forward_native``.
+
+    SGLang may replace its cache by a longer one: make another ``Rotary`` then.
+    """
+    # Each takes the pools of its own kind only, and there is one kind in a process.
+    made: Any = _native.Rotary if NATIVE else reference.Rotary
+    turning: Rotary = made(
+        cache, positions, rotary_dim, head_dim, q_heads, k_heads, dtype, cache_dtype, style
+    )
+    return turning
+
+
+def gate(
+    x: int,
+    x_stride: int,
+    out: int,
+    out_stride: int,
+    rows: int,
+    width: int,
+    dtype: Dtype,
+    activation: Activation,
+    threads: int,
+) -> None:
+    """``out = activation(x[:, :width]) * x[:, width:]`` for ``x`` ``[rows, 2 * width]``, the first
+    factor rounded before the product: SGLang's ``SiluAndMul`` (with its bits in bf16 and fp16) and
+    ``GeluAndMul("tanh")`` (more exact far below 0 than torch, which adds 1 to a tanh near -1).
+
+    Raises ValueError for what cannot be.
+    """
+    run = _native.gate if NATIVE else reference.gate
+    run(x, x_stride, out, out_stride, rows, width, dtype, activation, threads)

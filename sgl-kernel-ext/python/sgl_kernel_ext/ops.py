@@ -20,13 +20,23 @@ from .attention import SlotTable as SlotTable
 from .attention_ops import attention_plan as attention_plan
 from .attention_ops import merge_state as merge_state
 from .attention_ops import paged_attention as paged_attention
+from .engine import KvSlots as KvSlots
+from .engine import RmsNorm as RmsNorm
+from .engine import Rotary as Rotary
 from .engine import ThinLinear as ThinLinear
+from .engine import gate as gate
 from .engine import isa as isa
+from .engine import kv_slots as kv_slots
 from .engine import limit_isa as limit_isa
+from .engine import rms_norm as rms_norm
+from .engine import rotary as rotary
 from .engine import thin_linear as thin_linear
 from .switch import NATIVE as NATIVE
 from .switch import WHY_NOT_NATIVE as WHY_NOT_NATIVE
+from .tables import Activation as Activation
 from .tables import Dtype as Dtype
+from .tables import NormForm as NormForm
+from .tables import RotaryStyle as RotaryStyle
 from .tables import RowTable, Sha, Store
 
 if TYPE_CHECKING:

@@ -49,6 +49,32 @@ class Dtype(IntEnum):
     FP32 = 2
 
 
+class NormForm(IntEnum):
+    """Where a norm's weight comes in. Values are those of ``include/memserve/elementwise.h``, as
+    those of the two below."""
+
+    PLAIN = 0
+    """In fp32, before the one rounding: SGLang's ``RMSNorm``."""
+    GEMMA = 1
+    """The same with 1 + weight; a residual is added in the activations' dtype: ``GemmaRMSNorm``."""
+    CAST_FIRST = 2
+    """Rounded before the weight and after it: ``RMSNorm(cast_x_before_out_mul=True)``."""
+
+
+class RotaryStyle(IntEnum):
+    """Which two numbers of a head are turned together."""
+
+    NEOX = 0
+    """i and i + rotary_dim / 2."""
+    INTERLEAVED = 1
+    """2i and 2i + 1."""
+
+
+class Activation(IntEnum):
+    SILU = 0
+    GELU_TANH = 1
+
+
 @dataclass(frozen=True, slots=True)
 class RowTable:
     """Tensors of bytes: row ``r`` of tensor ``t`` is the ``row_bytes[t]`` bytes at address
