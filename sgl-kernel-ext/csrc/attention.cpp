@@ -25,8 +25,6 @@ constexpr std::size_t head_dim_step = 16;
 constexpr std::size_t most_heads = 4096;
 constexpr std::int64_t most_stride = std::int64_t{1} << 40;
 
-std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::fp32 ? 4 : 2; }
-
 const AttentionKernel &kernel_for(Dtype dtype) {
     const Isa level = isa();
     const AttentionKernel *kernel = nullptr;
