@@ -115,6 +115,7 @@ async def running(
         fetch_s=config.fetch_timeout_s,
         grace_s=config.fetch_timeout_s,
         prefill_s=min(StepDeadlines().prefill_s, config.request_timeout_s),
+        hold_s=min(StepDeadlines().hold_s, config.request_timeout_s),
     )
     async with AsyncExitStack() as stack:
         app = await _assemble(config, admission, steps, stack)

@@ -50,8 +50,10 @@ class Limits:
     ``max_parked_pages`` together and ``max_parked_pages_per_peer``. Of fetches:
     ``max_fetches`` run and ``max_queued_fetches`` wait; each names at most ``max_sources``, has
     ``max_rounds`` leases of a source at a time, and ``max_reading_bytes_per_peer`` are on their
-    way. Ended fetches pin at most ``max_grace_leases`` and ``grace_share`` of all blocks. At most
-    ``max_peers`` are known; one without use is hung up on after ``peer_idle_s``.
+    way. Ended fetches pin at most ``max_grace_leases`` and ``grace_share`` of all blocks; for
+    requests that have not come yet ``max_holds`` keep at most ``hold_share`` of them, each for
+    ``max_hold_s`` at most. At most ``max_peers`` are known; one without use is hung up on after
+    ``peer_idle_s``.
     """
 
     lease_ttl_s: float = 30.0
@@ -73,6 +75,9 @@ class Limits:
     max_reading_bytes_per_peer: int = 1 << 30
     max_grace_leases: int = 64
     grace_share: float = 0.25
+    max_holds: int = 1024
+    max_hold_s: float = 600.0
+    hold_share: float = 0.5
     max_peers: int = 256
     peer_idle_s: float = 60.0
 

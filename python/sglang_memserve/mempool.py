@@ -42,6 +42,7 @@ from .pool.arguments import (
     require_size,
     require_wait,
 )
+from .pool.hold import PoolHold
 from .pool.ledger import Ledger
 from .pool.resize import Resize, on_a_thread
 from .protocol.events import Event, Snapshot
@@ -68,10 +69,11 @@ class MemPool:
 
     ``arena_bytes`` is rounded down to whole blocks; ConfigError if that is none, or more than the
     machine has. It may change later up to ``reserve_bytes`` (the machine's memory if None), in
-    slabs of about ``slab_bytes``. ``eviction`` says which pages make room. ``clock`` gives seconds
-    and times leases. ``on_events`` is called, on any thread and outside the lock, after new events
-    can be drained. ``prefault``: whether a thread of low priority has the memory backed from the
-    start, and what is added later; a pool below 64 MiB has no such thread.
+    slabs of about ``slab_bytes``. ``eviction`` says which pages make room; ``max_holds`` holds keep
+    at most ``hold_share`` of the blocks from it. ``clock`` gives seconds and times leases.
+    ``on_events`` is called, on any thread and outside the lock, after new events can be drained.
+    ``prefault``: whether a thread of low priority has the memory backed from the start, and what is
+    added later; a pool below 64 MiB has no such thread.
     """
 
     def __init__(
@@ -86,6 +88,8 @@ class MemPool:
         clock: Callable[[], float] = time.monotonic,
         max_leases: int = 4096,
         max_lease_ttl_s: float = 3600.0,
+        max_holds: int = 1024,
+        hold_share: float = 0.5,
         on_events: Callable[[], None] | None = None,
         checksums: Checksums = Checksums.OFF,
         prefault: Prefault = Prefault.BACKGROUND,
@@ -108,6 +112,8 @@ class MemPool:
             clock=clock,
             max_leases=max_leases,
             max_lease_ttl_s=max_lease_ttl_s,
+            max_holds=max_holds,
+            hold_share=hold_share,
         )
         self._resize: Resize | None = None
         self._resizer: str | None = None
@@ -260,6 +266,19 @@ class MemPool:
         """
         with self._lock:
             return self._ledger.acquire(keys, owner, ttl_s, self._end_lease)
+
+    def prepare_hold(self, keys: Sequence[PageKey]) -> PoolHold:
+        """For pages that are about to come for a request: ``complete`` pins what is readable then
+        until the request claims it, within ``max_holds`` and ``hold_share``; see ``index.holds``.
+        ConfigError without keys."""
+        if not keys:
+            raise ConfigError("a hold needs keys")
+        return PoolHold(self._lock, self._ledger, keys)
+
+    def claim_hold(self, keys: Sequence[PageKey]) -> None:
+        """The request that names ``keys`` is here and has acquired them: its hold ends."""
+        with self._lock:
+            self._ledger.holds.claim(keys)
 
     def prepare_store(self, keys: Sequence[PageKey], *, parent: PageKey | None = None) -> PoolStore:
         """Blocks for those of ``keys`` (a chain under ``parent``) that are neither readable nor

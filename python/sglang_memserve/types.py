@@ -120,6 +120,15 @@ class Progress(Enum):
     BLOCKED = "blocked"
 
 
+class HoldOutcome(Enum):
+    """What came of holding pages for a request. REFUSED: too much is held already. NEEDLESS: none
+    of them is readable, or the request was there before."""
+
+    HELD = "held"
+    REFUSED = "refused"
+    NEEDLESS = "needless"
+
+
 class ResizeOutcome(Enum):
     """``REFUSED``: the pool is as large as before."""
 

@@ -25,7 +25,8 @@ class StepDeadlines:
     most; a P that takes ``late_factor`` times what is predicted, and ``least_prefill_s`` more, is
     late. ``grace_s``: how long D's fetch may go on after P is done, at most; at least
     ``least_grace_s``, and no longer than computing the rest is predicted to take. ``most_fetch_s``:
-    what an instance lets one fetch last; a longer prefill takes several."""
+    what an instance lets one fetch last; a longer prefill takes several. ``hold_s``: how long
+    pages that were fetched stay for a request that waits for its turn there."""
 
     fetch_s: float = 10.0
     prefill_s: float = 300.0
@@ -34,3 +35,4 @@ class StepDeadlines:
     grace_s: float = 10.0
     least_grace_s: float = 0.5
     most_fetch_s: float = InstanceLimits().fetch_deadline_s
+    hold_s: float = 300.0

@@ -35,7 +35,8 @@ class Fetches:
         skip: int = 0,
     ) -> FetchResult:
         """One prompt's pages from ``source`` to ``target``, the first ``pages`` of them but for the
-        first ``skip``, which ``target`` has. The answer counts those too."""
+        first ``skip``, which ``target`` has. The answer counts those too. They are held there until
+        the request takes them."""
         info = self._instances.info(source)
         body = FetchBody(
             source=source,
@@ -43,6 +44,7 @@ class Fetches:
             wait_s=wait_s,
             deadline_s=deadline_s,
             source_ranks=[rank.peer_address for rank in info.ranks] if info else None,
+            hold_s=self._deadlines.hold_s,
         )
         # A moment more than the instance itself allows: its answer says how far it got.
         answer = await self._upstream.call(

@@ -54,7 +54,11 @@ class Instance:
         self._waiters: dict[PageKey, list[_Waiter]] = {}
         self.page_bytes = page_tokens * profile.kv_bytes_per_token
         self.memory = Memory(
-            profile.hbm_tokens // page_tokens, dram_bytes // self.page_bytes, eviction, self._tell
+            profile.hbm_tokens // page_tokens,
+            dram_bytes // self.page_bytes,
+            eviction,
+            self._tell,
+            lambda: agenda.now,
         )
         self.engine = Engine(agenda, profile, self.memory, page_tokens)
         self.prefills = 0

@@ -112,7 +112,8 @@ class Journey:
             then(done)
 
         def start() -> None:
-            fetch(fleet.network, fleet.agenda, one, two, keys, until + limit_s, arrived)
+            late, hold_s = until + limit_s, deadlines.hold_s
+            fetch(fleet.network, fleet.agenda, one, two, keys, late, hold_s, arrived)
 
         def ask() -> None:
             if wait_s and one.movable(keys) < len(keys):
@@ -161,7 +162,14 @@ class Journey:
         kind = Following
         if fleet.sent is not None:
             kind, self._given_pages = Handing, keyed.pages
-        following = kind(fleet.network, fleet.agenda, (site, decode), self._keys, handed_over)
+        following = kind(
+            fleet.network,
+            fleet.agenda,
+            (site, decode),
+            self._keys,
+            fleet.deadlines.hold_s,
+            handed_over,
+        )
         job = Job(self._keys, keyed.tokens, 0, following.offer, found.append, done)
         fleet.agenda.after(fleet.profile.hop_s, lambda: site.engine.submit(job))
 

@@ -9,6 +9,7 @@ from sglang_memserve.types import PageKey
 
 from .agenda import Agenda, Alarm
 from .instance import Instance
+from .memory import Expected
 from .network import Network, Transfer
 
 
@@ -28,22 +29,28 @@ def fetch(
     target: Instance,
     keys: Sequence[PageKey],
     deadline: float,
+    hold_s: float,
     then: Callable[[Fetched], None],
 ) -> None:
-    """What ``source`` holds of ``keys`` and ``target`` lacks, all of it or nothing."""
+    """What ``source`` holds of ``keys`` and ``target`` lacks, all of it or nothing. What ``target``
+    has then stays there for ``hold_s`` at most."""
+    expected = target.memory.expect(keys, hold_s)
     have, there = source.movable(keys), target.memory.leading(keys)
     began = agenda.now
     if have <= there:
+        expected.end()
         then(Fetched(there, 0, 0.0))
         return
 
     def arrived() -> None:
         late.cancel()
         target.memory.keep(keys, there, have)
+        expected.end()
         then(Fetched(have, have - there, agenda.now - began))
 
     def give_up() -> None:
         transfer.cancel()
+        expected.end()
         then(Fetched(there, 0, agenda.now - began))
 
     size = (have - there) * target.page_bytes
@@ -54,7 +61,7 @@ def fetch(
 class Following:
     """``target`` fetches what ``source`` computes, as it is computed. ``then``, once, hears what
     came of it, and how long it took after the last page was computed: when all has arrived, or the
-    time to do so is over (``late``)."""
+    time to do so is over (``late``). What has arrived stays for ``hold_s`` at most."""
 
     def __init__(
         self,
@@ -62,6 +69,7 @@ class Following:
         agenda: Agenda,
         ends: tuple[Instance, Instance],
         keys: Sequence[PageKey],
+        hold_s: float,
         then: Callable[[Fetched], None],
     ) -> None:
         self._network = network
@@ -71,11 +79,15 @@ class Following:
         self._then: Callable[[Fetched], None] | None = then
         self._ready = 0
         self._there = self._target.memory.leading(keys)
+        self._expected = self._expect(hold_s)
         self._moved = 0
         self._completed_s: float | None = None
         self._transfer: Transfer | None = None
         self._deadline: Alarm | None = None
         self.late = False
+
+    def _expect(self, hold_s: float) -> Expected:
+        return self._target.memory.expect(self._keys, hold_s)
 
     def offer(self, pages: int) -> None:
         """So many leading pages are ready at the source."""
@@ -116,6 +128,7 @@ class Following:
 
     def _keep(self, end: int) -> None:
         self._target.memory.keep(self._keys, self._there, end)
+        self._expected.came()
 
     def _give_up(self) -> None:
         self.late = True
@@ -127,6 +140,7 @@ class Following:
         then, self._then = self._then, None
         if self._deadline is not None:
             self._deadline.cancel()
+        self._expected.end()
         assert self._completed_s is not None
         if then is not None:
             then(Fetched(self._there, self._moved, self._agenda.now - self._completed_s))
@@ -138,6 +152,9 @@ class Handing(Following):
 
     def complete(self, grace_s: float) -> None:
         self._completed()
+
+    def _expect(self, hold_s: float) -> Expected:
+        return self._target.memory.expect((), hold_s)  # nothing comes into DRAM
 
     def _movable(self, ready: int) -> int:
         return ready

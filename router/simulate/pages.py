@@ -54,6 +54,10 @@ class Pages:
         self.private -= len(blocks)
         self._free += blocks
 
+    def give_back(self, blocks: Sequence[BlockId]) -> None:
+        """Blocks whose page was removed while something pinned them."""
+        self._free += blocks
+
     def publish(
         self, keys: Sequence[PageKey], start: int, end: int, blocks: Sequence[BlockId]
     ) -> None:

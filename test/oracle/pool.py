@@ -37,10 +37,24 @@ class OracleStore:
 
 
 @dataclass
+class OracleHold:
+    """``blocks``: the pool's own numbers, which say what shrinking ends."""
+
+    last: bytes
+    copies: list[int]
+    blocks: list[int]
+    deadline: float
+
+
+@dataclass
 class PoolOracle:
     total: int
     max_leases: int
     now: float = 0.0
+    max_holds: int = 2
+    hold_share: float = 0.5
+    holds: list[OracleHold] = field(default_factory=list)
+    waiting: list[Sequence[bytes]] = field(default_factory=list)
     pages: dict[bytes, Page] = field(default_factory=dict)
     orphans: set[int] = field(default_factory=set)
     leases: list[OracleLease] = field(default_factory=list)
@@ -55,6 +69,8 @@ class PoolOracle:
         count: Counter[int] = Counter()
         for lease in self.leases:
             count.update(lease.copies)
+        for hold in self.holds:
+            count.update(hold.copies)
         for store in self.stores:
             count.update(store.held)
         return count
@@ -112,7 +128,46 @@ class PoolOracle:
         late = [lease for lease in self.leases if lease.deadline <= self.now]
         for lease in late:
             self.release(lease)
+        self.holds = [hold for hold in self.holds if hold.deadline > self.now]
+        self._drop_orphans()
         return len(late)
+
+    def hold(self, keys: Sequence[bytes], blocks: list[int], ttl: float) -> str:
+        """``keys`` is the object that was appended to ``waiting``; ``blocks``: of its pages."""
+        self.expire()
+        wanted = any(other is keys for other in self.waiting)
+        self.waiting = [other for other in self.waiting if other is not keys]
+        copies = [self.pages[key].copy for key in self.leading(keys)]
+        if not wanted or not copies:
+            return "needless"
+        same = [hold for hold in self.holds if hold.last == keys[-1]]
+        held = {copy for hold in self.holds for copy in hold.copies}
+        if len(held | set(copies)) > self.hold_share * self.total:
+            return "refused"
+        if not same and len(self.holds) >= self.max_holds:
+            return "refused"
+        deadline = max([self.now + ttl, *(hold.deadline for hold in same)])
+        self.holds = [hold for hold in self.holds if hold.last != keys[-1]]
+        self.holds.append(OracleHold(keys[-1], copies, blocks, deadline))
+        self._drop_orphans()
+        return "held"
+
+    def claim(self, keys: Sequence[bytes]) -> None:
+        """The deepest hold whose last key is among ``keys``."""
+        lasts = {hold.last for hold in self.holds} | {waiting[-1] for waiting in self.waiting}
+        for key in reversed(keys):
+            if key in lasts:
+                self.holds = [hold for hold in self.holds if hold.last != key]
+                self.waiting = [waiting for waiting in self.waiting if waiting[-1] != key]
+                break
+        self._drop_orphans()
+
+    def confine(self, limit: int) -> None:
+        """Blocks from ``limit`` on are to be emptied."""
+        self.holds = [hold for hold in self.holds if max(hold.blocks) < limit]
+        while len({copy for h in self.holds for copy in h.copies}) > self.hold_share * limit:
+            self.holds.pop()
+        self._drop_orphans()
 
     def prepare(self, keys: Sequence[bytes], parent: bytes | None) -> OracleStore:
         self.expire()
@@ -170,6 +225,8 @@ class PoolOracle:
 
     def clear(self) -> None:
         self.expire()
+        self.holds.clear()
+        self._drop_orphans()
         pins = self.pins()
         self.orphans |= {page.copy for page in self.pages.values() if pins[page.copy]}
         self.pages.clear()

@@ -29,6 +29,7 @@ from hypothesis.stateful import (
 from sglang_memserve.errors import LimitExceeded, OutOfBlocks
 from sglang_memserve.hashing import short_key
 from sglang_memserve.mempool import MemPool, PoolLease, PoolStore
+from sglang_memserve.pool.hold import PoolHold
 from sglang_memserve.types import BlockId, Eviction, Namespace, PageKey, ResizeOutcome
 
 
@@ -83,6 +84,7 @@ requests = st.one_of(sections(), sections(), sections(), nonsense())
 class PoolMachine(RuleBasedStateMachine):
     stores = Bundle("stores")
     leases = Bundle("leases")
+    holds = Bundle("holds")
     blocks = Bundle("blocks")
 
     def __init__(self) -> None:
@@ -105,6 +107,8 @@ class PoolMachine(RuleBasedStateMachine):
             slab_bytes=slab * NAMESPACE.block_bytes,
             clock=lambda: self.now,
             max_leases=MAX_LEASES,
+            max_holds=2,
+            hold_share=0.5,
             eviction=Eviction.LRU,
             on_events=self._wake,
         )
@@ -267,6 +271,40 @@ class PoolMachine(RuleBasedStateMachine):
         for key, block in zip(found, blocks, strict=True):
             assert (self.pool.arena.view[block] == content(key, self.pool.block_bytes)).all()
 
+    # -- pages that stay for a request --
+
+    @rule(target=holds, request=requests)
+    def prepare_hold(self, request: tuple[list[PageKey], PageKey | None]) -> object:
+        keys, _ = request
+        if not keys:
+            return multiple()
+        self.oracle.waiting.append(keys)
+        return self.pool.prepare_hold(keys), keys
+
+    @rule(pair=consumes(holds), ttl=st.sampled_from((1.0, 5.0, 50.0)))
+    def complete_hold(self, pair: tuple[PoolHold, list[PageKey]], ttl: float) -> None:
+        hold, keys = pair
+        blocks = self.pool.match(keys)
+        assert hold.complete(ttl).value == self.oracle.hold(keys, blocks, ttl)
+        assert hold.complete(ttl).value == "needless"
+
+    @rule(pair=consumes(holds))
+    def abort_hold(self, pair: tuple[PoolHold, list[PageKey]]) -> None:
+        hold, keys = pair
+        hold.abort()
+        self.oracle.waiting = [other for other in self.oracle.waiting if other is not keys]
+
+    @rule(prefix=prefixes, ttl=st.sampled_from((5.0, 50.0)))
+    def hold_at_once(self, prefix: tuple[int, ...], ttl: float) -> None:
+        pair = self.prepare_hold((chain_of(prefix), None))
+        assert isinstance(pair, tuple)
+        self.complete_hold(pair, ttl)
+
+    @rule(request=requests)
+    def claim_hold(self, request: tuple[list[PageKey], PageKey | None]) -> None:
+        self.pool.claim_hold(request[0])
+        self.oracle.claim(request[0])
+
     # -- removal --
 
     @rule(request=requests)
@@ -298,6 +336,8 @@ class PoolMachine(RuleBasedStateMachine):
         if total <= self.oracle.total:
             gone = [slab for slab in self.pool.arena.slabs[1:] if slab.first >= total]
             goal = gone[0].first if gone else self.oracle.total
+        if goal < self.oracle.total:
+            self.oracle.confine(goal)
         if goal == self.oracle.total:
             expected = ResizeOutcome.UNCHANGED
         elif self.in_the_way(goal) or not self.oracle.resize(goal):
@@ -331,6 +371,7 @@ class PoolMachine(RuleBasedStateMachine):
             "pinned_blocks": len(self.oracle.pins()),
             "leases": len(self.oracle.leases),
             "stores": len(self.oracle.stores),
+            "holds": len(self.oracle.holds),
         }
         assert {name: int(stats[name]) for name in expected} == expected
 

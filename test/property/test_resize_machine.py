@@ -75,6 +75,7 @@ class ResizeMachine(RuleBasedStateMachine):
             slab_bytes=slab * BLOCK,
             clock=lambda: self.now,
             eviction=eviction,
+            hold_share=0.6,
         )
 
     def teardown(self) -> None:
@@ -163,6 +164,11 @@ class ResizeMachine(RuleBasedStateMachine):
     @rule(lease=consumes(leases))
     def release(self, lease: PoolLease) -> None:
         lease.release()
+
+    @rule(prefix=prefixes, ttl_s=st.sampled_from((2.0, 100.0)))
+    def hold(self, prefix: tuple[int, ...], ttl_s: float) -> None:
+        """Never in the way of a change, as ``complete`` would find."""
+        self.pool.prepare_hold(chain_of(prefix)).complete(ttl_s)
 
     @rule(prefix=prefixes)
     def delete(self, prefix: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ import orjson
 import pytest
 from sglang_memserve.hashing import namespace_seed, page_keys
 from sglang_memserve.router.config import StaticInstance
-from sglang_memserve.router.http.limits import Limits
+from sglang_memserve.router.http.limits import Limits, StepDeadlines
 from sglang_memserve.types import InstanceId, Role
 from simulation.router_machines import (
     MODEL,
@@ -61,6 +61,7 @@ def test_prefill_on_p_fetch_to_d_and_the_clients_own_bytes_to_d() -> None:
             [fetch] = d.to("/memserve/fetch")
             assert (fetch.json["source"], fetch.json["keys"]) == (p.url, KEYS)
             assert fetch.json["source_ranks"] == ["tcp://127.0.0.1:9"]
+            assert fetch.json["hold_s"] == StepDeadlines().hold_s > 0
             [at_d] = d.to("/generate")
             assert at_d.body == sent
             assert at_d.path == "/generate?x=1%2F2"

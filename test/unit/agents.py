@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import zmq
+from msgspec.structs import replace
 from sglang_memserve.config import Limits
 from sglang_memserve.mempool import MemPool
 from sglang_memserve.protocol.control import (
@@ -113,6 +114,10 @@ class Rank:
     ) -> Future[FetchReply]:
         address = other.agent.peer_address
         return self.agent.fetch(FetchRequest.of("peer", address, list(keys), wait_s, deadline_s))
+
+    def fetch_and_hold(self, other: Rank, keys: Sequence[bytes], hold_s: float) -> FetchReply:
+        wanted = FetchRequest.of("peer", other.agent.peer_address, list(keys), 0.0, 10.0)
+        return self.agent.fetch(replace(wanted, hold_s=hold_s)).result(LIMIT_S)
 
     def fetch(
         self, other: Rank, keys: Sequence[bytes], wait_s: float = 0.0, deadline_s: float = 10.0

@@ -21,7 +21,14 @@ from sglang_memserve.plugin import hooks, linker, linker_hooks
 from sglang_memserve.plugin.node import RankNode
 from sglang_memserve.plugin.scheduler_clock import SchedulerClock
 from sglang_memserve.protocol.events import BlockStored
-from sglang_memserve.types import Generation, InstanceId, Namespace, Role
+from sglang_memserve.types import (
+    Generation,
+    HoldOutcome,
+    InstanceId,
+    Namespace,
+    PageKey,
+    Role,
+)
 
 LAYERS, PAGE, HEADS, DIM, SLOTS = 3, 4, 2, 8, 64
 BLOCKS = 8
@@ -202,6 +209,32 @@ def test_pins_of_vanished_requests_are_forgotten(rig: Rig) -> None:
     rig.clock[0] += linker.PIN_TTL_S + 1
     rig.linker.lookup("r", [transfer(["a"])])
     assert list(rig.linker._pins) == ["r"]
+
+
+def test_a_look_up_ends_the_hold_of_its_own_fetch(rig: Rig) -> None:
+    rig.store(["a", "b", "c"], [3, 7, 5])
+    for names in (["a", "b"], ["a", "b", "c"]):
+        hold = rig.pool.prepare_hold([PageKey(bytes.fromhex(key(name))) for name in names])
+        assert hold.complete(100.0) is HoldOutcome.HELD
+    # It waits for its turn: looked up again and again, it takes no other's.
+    for _ in range(3):
+        assert rig.linker.lookup("r", [transfer(["a", "b", "c"])]) == [1, 2, 3]
+        stats = rig.pool.stats()
+        assert (stats["holds"], stats["held_blocks"], stats["pinned_blocks"]) == (1, 2, 3)
+    # What was in HBM already is not among the keys.
+    assert rig.linker.lookup("s", [transfer(["b"])]) == [1]
+    rig.linker.release_request("r")
+    rig.linker.release_request("s")
+    stats = rig.pool.stats()
+    assert (stats["holds"], stats["pinned_blocks"], stats["holds_claimed_total"]) == (0, 0, 2)
+
+
+def test_a_flush_ends_holds(rig: Rig) -> None:
+    rig.store(["a", "b"], [3, 7])
+    assert rig.pool.prepare_hold([PageKey(bytes.fromhex(key("a")))]).complete(9.0)
+    rig.linker.reset()
+    stats = rig.pool.stats()
+    assert (stats["holds"], stats["holds_ended_total"], stats["free_blocks"]) == (0, 1, BLOCKS)
 
 
 def test_cancelled_load_gives_its_pins_back(rig: Rig) -> None:

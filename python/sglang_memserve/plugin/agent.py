@@ -210,7 +210,7 @@ class InstanceAgent:
         replies = await asyncio.gather(
             *(
                 rank.call(
-                    control.FetchRequest(parts, keys, body.wait_s, body.deadline_s),
+                    control.FetchRequest(parts, keys, body.wait_s, body.deadline_s, body.hold_s),
                     body.deadline_s + FETCH_GRACE_S,
                 )
                 for rank, parts in zip(self._ranks, requests, strict=True)

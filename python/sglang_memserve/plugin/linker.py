@@ -3,7 +3,8 @@
 One object lives in each scheduler process. The scheduler thread calls every method; none of them
 copies a page or waits for the network:
 
-``lookup``   answers from the local index and pins what it claims under the request's id
+``lookup``   answers from the local index and pins what it claims under the request's id, which
+             ends the hold of the fetch that was made for the request
 ``load``     hands the pinned blocks to the load thread, which scatters them layer by layer while
              the forward runs; ``layer_done_counter`` gates each layer
 ``offload``  reserves blocks (evicting if need be) and hands them to the copy thread, which gathers
@@ -148,6 +149,9 @@ class MemPoolLinker(UnifiedCacheLinker):
             lease = self.pool.acquire(keys, owner=rid, ttl_s=PIN_TTL_S)
         except LimitExceeded:
             return 0
+        if pin is None:
+            # Once a request: a later look-up would take the hold of one that shares its prefix.
+            self.pool.claim_hold(keys)
         pages = len(lease.blocks)
         if pages == 0:
             lease.release()

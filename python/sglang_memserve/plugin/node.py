@@ -105,6 +105,8 @@ class RankNode:
             generation=config.generation,
             eviction=config.mempool_eviction,
             checksums=config.mempool_checksums,
+            max_holds=config.limits.max_holds,
+            hold_share=config.limits.hold_share,
         )
         try:
             agent = RankAgent(

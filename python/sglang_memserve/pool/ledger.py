@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import ConfigError
 from ..index.device_pages import DevicePages
+from ..index.holds import Holds
 from ..index.journal import Cleared, Dropped, Journal, Record, Stored
 from ..index.local_index import LocalIndex, Removed
 from ..memory.allocator import BlockAllocator
@@ -47,6 +48,8 @@ class Ledger:
         clock: Callable[[], float],
         max_leases: int,
         max_lease_ttl_s: float,
+        max_holds: int,
+        hold_share: float,
     ) -> None:
         self.clock = clock
         self.closed = False
@@ -54,6 +57,7 @@ class Ledger:
         self.index = LocalIndex(total_blocks, eviction)
         self.device = DevicePages()
         self.leases = LeaseTable(max_leases, max_lease_ttl_s)
+        self.holds = Holds(self.index, hold_share, max_holds, self.allocator.free)
         self.journal = Journal(journal_pages(total_blocks))
         self.checksums = ChecksumTable()
         self.unpublished: set[BlockId] = set()
@@ -76,6 +80,7 @@ class Ledger:
     def grow(self, total_blocks: int) -> None:
         self.allocator.grow(total_blocks)
         self.index.resize(total_blocks)
+        self.holds.confine(total_blocks)
         self.journal.raise_limit(journal_pages(total_blocks))
 
     def shrink(self) -> None:
@@ -228,6 +233,7 @@ class Ledger:
 
     def clear(self) -> None:
         self.end_expired()
+        self.holds.end_all()
         removed = self.index.clear()
         self.allocator.free(removed.blocks)
         self.counts["cleared_pages_total"] += len(removed.keys)
@@ -275,7 +281,9 @@ class Ledger:
             self.unpin((lease,))
 
     def end_expired(self) -> int:
-        leases = self.leases.end_expired(self.clock())
+        now = self.clock()
+        self.holds.end_expired(now)
+        leases = self.leases.end_expired(now)
         self.counts["leases_expired_total"] += len(leases)
         self.unpin(leases)
         return len(leases)
@@ -289,6 +297,7 @@ class Ledger:
     def close(self) -> None:
         self.closed = True
         self.leases.end_all()
+        self.holds.end_all()
         self.index.clear()
         self.device.clear()
         self.filling.clear()
@@ -309,6 +318,7 @@ class Ledger:
             "device_pages": len(self.device),
             "leases": len(self.leases),
             "stores": len(self.stores),
+            **self.holds.stats(),
             "event_seq": self.journal.last_seq,
             "event_batches_waiting": self.journal.waiting_batches,
             "event_batches_dropped_total": self.journal.dropped_batches,
@@ -319,7 +329,7 @@ class Ledger:
 
     def check(self, moving_from: Sequence[BlockId] = ()) -> None:
         """``moving_from``: blocks that are pinned because they are being copied."""
-        for part in (self.index, self.allocator, self.leases, self.journal):
+        for part in (self.index, self.allocator, self.leases, self.holds, self.journal):
             part.check()
         stored = [block for store in self.stores for _, block in store.missing]
         filling = self.unpublished.union(stored, self.moving)
@@ -331,6 +341,7 @@ class Ledger:
         assert filling | ready | orphans == self.allocator.used(), "blocks are not conserved"
         pins = Counter(self.leases.pinned())
         pins.update(moving_from)
+        pins.update(self.holds.pinned())
         for store in self.stores:
             pins.update(store.held)
         assert pins == self.index.pins(), "pins and their holders differ"

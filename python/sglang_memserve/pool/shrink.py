@@ -64,6 +64,7 @@ class Shrink:
         self._ledger = ledger
         self._target = target_blocks
         ledger.allocator.withdraw(target_blocks)
+        ledger.holds.confine(target_blocks)
         ledger.index.prepare_relocations()
         # Looked at from the end; a block that cannot go yet waits for the next round.
         self._left = sorted(ledger.allocator.used(target_blocks))
@@ -130,6 +131,7 @@ class Shrink:
             ledger.allocator.free((target,))
             ledger.allocator.free(ledger.index.unpin((source,)))
         ledger.allocator.restore()
+        ledger.holds.confine(ledger.total_blocks)
 
     def blockers(self) -> Blockers:
         """O(blocks in use above the new end + pinned blocks)."""

@@ -115,13 +115,16 @@ class FetchRequest(_Message, frozen=True):
 
     Where sources overlap, the first one listed reads a page and the others stand by for it.
     ``wait_s``: how long to wait for pages that a source is still computing. ``deadline_s``: after
-    this the fetch ends with what it has. Never raises for a miss: the reply says how far it got.
+    this the fetch ends with what it has. ``hold_s``: for how long what is readable then stays for
+    the request that it was fetched for, unless that comes before. Never raises for a miss: the
+    reply says how far it got.
     """
 
     sources: list[Source]
     keys: list[bytes]
     wait_s: float
     deadline_s: float
+    hold_s: float = 0.0
 
     @classmethod
     def of(

@@ -172,7 +172,8 @@ class FetchSource(msgspec.Struct, frozen=True):
 
 class FetchBody(msgspec.Struct, frozen=True):
     """``keys``: hex page keys of a whole prefix from page 0. ``sources``: who holds which of them;
-    ``source`` and ``source_ranks`` are short for one that holds all."""
+    ``source`` and ``source_ranks`` are short for one that holds all. ``hold_s``: for how long the
+    pages then stay for a request, unless it takes them before; 0 for none."""
 
     keys: list[str]
     source: str = ""
@@ -180,6 +181,7 @@ class FetchBody(msgspec.Struct, frozen=True):
     deadline_s: float = 5.0
     source_ranks: list[str] | None = None
     sources: list[FetchSource] = []
+    hold_s: float = 0.0
 
     def all_sources(self) -> list[FetchSource]:
         if self.source:

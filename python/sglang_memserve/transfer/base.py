@@ -11,7 +11,7 @@ from enum import Enum
 from typing import Protocol
 
 from ..protocol.events import Event, Snapshot
-from ..types import BlockId, Namespace, PageKey, Progress, Region, ResizeResult
+from ..types import BlockId, HoldOutcome, Namespace, PageKey, Progress, Region, ResizeResult
 
 
 class Lease(Protocol):
@@ -42,6 +42,17 @@ class Store(Protocol):
     def missing(self) -> Sequence[tuple[int, BlockId]]: ...
 
     def commit(self, count: int | None = None, checksums: Sequence[int] = ()) -> None: ...
+
+    def abort(self) -> None: ...
+
+
+class Hold(Protocol):
+    """Pages that are to stay until the request comes for which they are fetched. Exactly one of
+    both methods counts; a second call does nothing."""
+
+    def complete(self, ttl_s: float) -> HoldOutcome:
+        """Pin what is readable of their leading run until then, or until the request is there."""
+        ...
 
     def abort(self) -> None: ...
 
@@ -119,6 +130,10 @@ class Pool(BlockStore, Protocol):
 
     @property
     def total_blocks(self) -> int: ...
+
+    def prepare_hold(self, keys: Sequence[PageKey]) -> Hold:
+        """Before the pages come. ``keys``: at least one."""
+        ...
 
     def regions(self) -> Sequence[Region]:
         """The memory in use, in the ranges in which it is to be registered."""

@@ -21,7 +21,8 @@ from ..protocol.control import (
     Message,
     ReleaseRequest,
 )
-from .base import Pool, ReadState, Store, Transport
+from ..types import HoldOutcome, PageKey
+from .base import Hold, Pool, ReadState, Store, Transport
 from .grace import GracePins
 from .outcome import Ending, Outcome, ending_of
 from .peers import Link, Peer, PeerTable
@@ -43,6 +44,7 @@ class _Active:
     fetch: Fetch
     peers: Sequence[Peer | None]
     done: Callable[[FetchReply], None]
+    hold: Hold | None
     requests: list[int] = field(default_factory=list)
 
 
@@ -58,6 +60,7 @@ class _Queued:
     request: FetchRequest
     arrived_s: float
     done: Callable[[FetchReply], None]
+    hold: Hold | None
 
     @property
     def deadline_s(self) -> float:
@@ -129,9 +132,9 @@ class Sessions:
                 self.counts.refused += 1
                 text = f"{len(self._queue)} fetches wait, max_queued_fetches is"
                 raise LimitExceeded(f"{text} {self.limits.max_queued_fetches}")
-            self._queue.append(_Queued(request, now, done))
+            self._queue.append(_Queued(request, now, done, self._hold_for(request)))
             return
-        self._start(_Queued(request, now, done), now)
+        self._start(_Queued(request, now, done, self._hold_for(request)), now)
 
     def on_message(self, peer: Peer, request_id: int, message: Message, now: float) -> None:
         peer.used_s = now
@@ -199,7 +202,7 @@ class Sessions:
     def close(self, now: float) -> None:
         """End all fetches. The blocks of running reads stay out of use until ``after_close``."""
         for queued in self._queue:
-            queued.done(_not_started(queued, Outcome.CLOSED, now))
+            _give_up(queued, Outcome.CLOSED, now)
         self._queue.clear()
         for active in list(self._active):
             active.fetch.cancel(Outcome.CLOSED, now)
@@ -263,7 +266,7 @@ class Sessions:
             settings=self._settings,
         )
         peers = [None if isinstance(port, Ending) else port.peer for port in ports]
-        active = _Active(fetch, peers, queued.done)
+        active = _Active(fetch, peers, queued.done, queued.hold)
         for port in ports:
             if isinstance(port, _FetchPort):
                 port.active = active
@@ -277,7 +280,7 @@ class Sessions:
         late = [queued for queued in self._queue if now >= queued.deadline_s]
         for queued in late:
             self._queue.remove(queued)
-            queued.done(_not_started(queued, Outcome.DEADLINE, now))
+            _give_up(queued, Outcome.DEADLINE, now)
 
     def _start_queued(self, now: float) -> None:
         while self._queue and len(self._active) < self.limits.max_fetches:
@@ -296,13 +299,32 @@ class Sessions:
         self.counts.complete += fetch.outcome is Outcome.COMPLETE
         self.counts.pages += reply.fetched_pages
         self.counts.bytes += reply.fetched_bytes
-        if fetch.grace_lease is not None:
+        held = active.hold is not None and self._keep(active.hold, fetch)
+        if fetch.grace_lease is not None and held:
+            fetch.grace_lease.release()
+        elif fetch.grace_lease is not None:
             until_s = now + self._settings.grace_s
             self._grace.keep(fetch.grace_lease, until_s, self._pool.total_blocks)
         active.done(reply)
 
+    def _hold_for(self, request: FetchRequest) -> Hold | None:
+        if request.hold_s <= 0 or not request.keys:
+            return None
+        return self._pool.prepare_hold([PageKey(key) for key in request.keys])
+
+    def _keep(self, hold: Hold, fetch: Fetch) -> bool:
+        """Whether its pages stay for their request from now on."""
+        if fetch.outcome is Outcome.CLOSED:
+            hold.abort()
+            return False
+        ttl_s = min(fetch.request.hold_s, self.limits.max_hold_s)
+        return hold.complete(ttl_s) is HoldOutcome.HELD
+
     def _require_sane(self, request: FetchRequest) -> None:
         limits = self.limits
+        # Any length is fine, max_hold_s cuts it short; written so that NaN is refused too.
+        if not request.hold_s >= 0:
+            raise ProtocolError(f"fetch: hold {request.hold_s}")
         if not (0 <= request.wait_s < float("inf") and 0 <= request.deadline_s < float("inf")):
             raise ProtocolError(f"fetch: wait {request.wait_s}, deadline {request.deadline_s}")
         if request.deadline_s > limits.fetch_deadline_s:
@@ -401,5 +423,8 @@ class _FetchPort:
         return ticket
 
 
-def _not_started(queued: _Queued, outcome: Outcome, now: float) -> FetchReply:
-    return FetchReply(0, 0, 0, 0, now - queued.arrived_s, outcome.value)
+def _give_up(queued: _Queued, outcome: Outcome, now: float) -> None:
+    """It was not started."""
+    if queued.hold is not None:
+        queued.hold.abort()
+    queued.done(FetchReply(0, 0, 0, 0, now - queued.arrived_s, outcome.value))
