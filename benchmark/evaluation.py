@@ -42,6 +42,7 @@ QUICK = Part("quick", ("stock", "pool", "no-pool"), ("chat", "control"), (2.0,),
 PARTS = (
     Part("main", (*_STOCK, "pool", "no-pool"), _EACH, needs=("peer_router",)),
     Part("load", (_STOCK[-1], "pool"), ("chat",), (0.5, 1.5, 2.0), needs=("peer_router",)),
+    Part("sharegpt", (_STOCK[-1], "pool"), ("sharegpt",), needs=("peer_router", "data")),
     Part("memory", ("stock-large-cache-aware-tuned",), ("chat", "react"), needs=("peer_router",)),
     Part("routing", ("pool", "pool-prefix", "pool-session", "pool-least-load", "pool-round-robin",
                      "no-pool", "no-pool-session"), ("documents",)),

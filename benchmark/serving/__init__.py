@@ -8,6 +8,7 @@
     summary   samples to figures; the router's token funnel
     fronts    what stands before a fleet: our router, sglang-router, a plain proxy
     proxy     that plain proxy, for vLLM
+    neighbours  how much of the machine other work took meanwhile
     trace     what was replayed, for the simulator
     calibrate one instance's figures, for the simulator
     __main__  the command

@@ -30,6 +30,7 @@ from benchmark.workloads.registry import get, warm_up
 from benchmark.workloads.request import Workload, first
 
 from . import fronts, servers, trace
+from .neighbours import others_cores, used
 from .replay import Target, replay
 from .servers import Given, RunningFleet, Sizes
 from .setups import SETUPS, Engine, Setup, choose
@@ -134,18 +135,26 @@ def run_setups(
         started = time.monotonic()
         with servers.start(sharing[0].fleet, given, folder) as fleet:
             _say(f"{fleet.fleet.name}: up in {time.monotonic() - started:.0f} s")
-            for number in range(plan.rounds):
-                for setup in sharing:
-                    with fronts.start(setup.front, fleet, given) as url:
-                        target = Target(url, str(given.model), setup.salt)
-                        asyncio.run(replay(target, warm_up(), 1.0, plan.limit_s))
-                        for workload, rate in itertools.product(plan.workloads, plan.rates):
-                            time.sleep(_QUIET_S)
-                            fleet.flush()
-                            time.sleep(_QUIET_S)
-                            result = measure(target, workload, rate, plan)
-                            _say_result(setup.name, result)
-                            yield {**_describe(setup, fleet, given), "round": number, **result}
+            for number, setup in itertools.product(range(plan.rounds), sharing):
+                for result in _run_setup(setup, fleet, plan, given):
+                    yield {**_describe(setup, fleet, given), "round": number, **result}
+
+
+def _run_setup(
+    setup: Setup, fleet: RunningFleet, plan: Plan, given: Given
+) -> Iterator[dict[str, Any]]:
+    with fronts.start(setup.front, fleet, given) as url:
+        target = Target(url, str(given.model), setup.salt)
+        asyncio.run(replay(target, warm_up(), 1.0, plan.limit_s))
+        for workload, rate in itertools.product(plan.workloads, plan.rates):
+            time.sleep(_QUIET_S)
+            fleet.flush()
+            time.sleep(_QUIET_S)
+            before = used()
+            result = measure(target, workload, rate, plan)
+            result["others_cores"] = others_cores(before, used())
+            _say_result(setup.name, result)
+            yield result
 
 
 def _describe(setup: Setup, fleet: RunningFleet, given: Given) -> dict[str, Any]:
@@ -173,7 +182,7 @@ def _say_result(name: str, result: dict[str, Any]) -> None:
         f"{result['failed']} failed, {result['seconds']} s; "
         f"TTFT {ttft['mean']:.0f} / {ttft['p50']:.0f} / {ttft['p99']:.0f}, "
         f"TPOT {result['tpot_ms']['mean']:.0f}, JCT {jct['mean']:.0f} / {jct['p99']:.0f} ms; "
-        f"cached {100 * result['cached_share']:.0f} %"
+        f"cached {100 * result['cached_share']:.0f} %; others took {result['others_cores']} cores"
     )
 
 
