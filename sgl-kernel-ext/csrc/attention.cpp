@@ -315,8 +315,8 @@ void PagedAttention::check() const {
     if (slots > std::size_t{1} << 31) throw std::invalid_argument("so many slots cannot be");
     check_pool("key", key, slots, kv_heads, qk_dim, dtype);
     check_pool("value", value, slots, kv_heads, v_dim, dtype);
-    if (!std::isfinite(scale) || !std::isfinite(softcap) || softcap < 0.0f) {
-        throw std::invalid_argument("scale must be finite, softcap finite and not below 0");
+    if (!std::isfinite(scale) || !std::isfinite(softcap) || scale < 0.0f || softcap < 0.0f) {
+        throw std::invalid_argument("scale and softcap must be finite and not below 0");
     }
 }
 

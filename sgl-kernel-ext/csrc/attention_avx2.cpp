@@ -31,7 +31,7 @@ struct Avx2Floats {
     using Vec = __m256;
     using Unit = float;
     using Units = __m256;
-    static constexpr std::size_t lanes = 8, per_unit = 1, most_rows = 6, most_vectors = 2;
+    static constexpr std::size_t lanes = 8, per_unit = 1, element_bytes = sizeof(T), most_rows = 6, most_vectors = 2;
 
     static Vec zero() { return _mm256_setzero_ps(); }
     static Vec set1(float value) { return _mm256_set1_ps(value); }
@@ -47,6 +47,9 @@ struct Avx2Floats {
         return _mm256_or_ps(a, _mm256_and_ps(_mm256_set1_ps(-0.0f), sign));
     }
     static float first(Vec a) { return _mm256_cvtss_f32(a); }
+    static void largest(const Vec *a, std::size_t count, float *to) {
+        for (std::size_t i = 0; i < count; ++i) to[i] = largest(a[i]);
+    }
     static float largest(Vec a) {
         __m128 four = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         four = _mm_max_ps(four, _mm_movehl_ps(four, four));
@@ -58,14 +61,16 @@ struct Avx2Floats {
         return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
     }
 
-    static Vec within(Vec a, std::ptrdiff_t first, std::ptrdiff_t last) {
+    static Vec mul_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+
+    static Vec within(Vec a, std::ptrdiff_t first, std::ptrdiff_t last, float other) {
         const auto clamped = [](std::ptrdiff_t lane) {
             return _mm256_set1_epi32(static_cast<int>(lane < 0 ? 0 : lane > 8 ? 8 : lane));
         };
         const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         const __m256i seen = _mm256_andnot_si256(_mm256_cmpgt_epi32(clamped(first), lane),
                                                  _mm256_cmpgt_epi32(clamped(last), lane));
-        return _mm256_blendv_ps(_mm256_set1_ps(masked), a, _mm256_castsi256_ps(seen));
+        return _mm256_blendv_ps(_mm256_set1_ps(other), a, _mm256_castsi256_ps(seen));
     }
 
     static Vec exp2(Vec x) {
@@ -127,6 +132,10 @@ struct Avx2Floats {
 
     static void put_weights(Unit *weights, std::size_t key, Vec values) {
         _mm256_storeu_ps(weights + key, values);
+    }
+    static void put_weights(Unit *weights, std::size_t key, Vec first, Vec second) {
+        put_weights(weights, key, first);
+        put_weights(weights, key + lanes, second);
     }
     static std::uint8_t *write(std::uint8_t *to, Vec values) {
         write8(reinterpret_cast<T *>(to), values);

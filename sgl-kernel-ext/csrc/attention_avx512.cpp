@@ -26,7 +26,7 @@ template <class T>
 struct Avx512Floats : Avx512Vectors {
     using Unit = float;
     using Units = __m512;
-    static constexpr std::size_t per_unit = 1;
+    static constexpr std::size_t per_unit = 1, element_bytes = sizeof(T);
 
     static Units load_units(const Unit *from) { return _mm512_loadu_ps(from); }
     static Units broadcast(const Unit *from) { return _mm512_set1_ps(*from); }
@@ -70,6 +70,10 @@ struct Avx512Floats : Avx512Vectors {
 
     static void put_weights(Unit *weights, std::size_t key, Vec values) {
         _mm512_storeu_ps(weights + key, values);
+    }
+    static void put_weights(Unit *weights, std::size_t key, Vec first, Vec second) {
+        put_weights(weights, key, first);
+        put_weights(weights, key + lanes, second);
     }
     static std::uint8_t *write(std::uint8_t *to, Vec values) {
         write16(reinterpret_cast<T *>(to), values);

@@ -26,17 +26,38 @@ struct Avx512Vectors {
         const __m512i bit = _mm512_and_si512(_mm512_castps_si512(sign), _mm512_set1_epi32(INT32_MIN));
         return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a), bit));
     }
-    static float largest(Vec a) { return _mm512_reduce_max_ps(a); }
+
+    // to[i] = the largest lane of a[i], for up to eight vectors; writes 16 floats.
+    static void largest(const Vec *a, std::size_t count, float *to) {
+        // Each step puts two vectors' lanes side by side and takes the larger ones.
+        Vec pairs[4], quads[2];
+        for (std::size_t i = 0; i < 4; ++i) {
+            const Vec x = a[2 * i < count ? 2 * i : 0], y = a[2 * i + 1 < count ? 2 * i + 1 : 0];
+            pairs[i] = max(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
+        }
+        for (std::size_t i = 0; i < 2; ++i) {
+            const __m512d x = _mm512_castps_pd(pairs[2 * i]);
+            const __m512d y = _mm512_castps_pd(pairs[2 * i + 1]);
+            quads[i] = max(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)),
+                           _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+        }
+        const Vec halves = max(_mm512_shuffle_f32x4(quads[0], quads[1], 0x44),
+                               _mm512_shuffle_f32x4(quads[0], quads[1], 0xee));
+        const Vec done = max(halves, _mm512_shuffle_f32x4(halves, halves, 0xb1));
+        _mm512_storeu_ps(to, _mm512_shuffle_f32x4(done, done, 0x08));
+    }
     static float total(Vec a) { return _mm512_reduce_add_ps(a); }
     static float first(Vec a) { return _mm512_cvtss_f32(a); }
 
-    // Lanes first .. last - 1 of `a`, the others masked.
-    static Vec within(Vec a, std::ptrdiff_t first, std::ptrdiff_t last) {
+    static Vec mul_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+    // Lanes first .. last - 1 of `a`, `other` in the rest.
+    static Vec within(Vec a, std::ptrdiff_t first, std::ptrdiff_t last, float other) {
         const auto bits = [](std::ptrdiff_t count) {
             return count <= 0 ? 0u : count >= 16 ? 0xffffu : (1u << count) - 1u;
         };
         const auto seen = static_cast<__mmask16>(bits(last) & ~bits(first));
-        return _mm512_mask_blend_ps(seen, _mm512_set1_ps(masked), a);
+        return _mm512_mask_blend_ps(seen, _mm512_set1_ps(other), a);
     }
 
     // 2^x for x <= 0, 0 from about -150 on: 2^(whole part) times a polynomial of the rest.

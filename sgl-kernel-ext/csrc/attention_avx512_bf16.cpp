@@ -14,7 +14,7 @@ namespace {
 struct Bf16Pairs : Avx512Vectors {
     using Unit = std::uint32_t;
     using Units = __m512i;
-    static constexpr std::size_t per_unit = 2;
+    static constexpr std::size_t per_unit = 2, element_bytes = 2;
 
     static Units load_units(const Unit *from) { return _mm512_loadu_si512(from); }
     static Units broadcast(const Unit *from) { return _mm512_set1_epi32(static_cast<int>(*from)); }
@@ -66,6 +66,10 @@ struct Bf16Pairs : Avx512Vectors {
     static void put_weights(Unit *weights, std::size_t key, Vec values) {
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(weights + key / per_unit),
                             rounded(values));
+    }
+    static void put_weights(Unit *weights, std::size_t key, Vec first, Vec second) {
+        _mm512_storeu_si512(weights + key / per_unit,
+                            reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first)));
     }
     static std::uint8_t *write(std::uint8_t *to, Vec values) {
         _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), rounded(values));

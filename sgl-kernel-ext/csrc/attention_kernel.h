@@ -47,6 +47,7 @@ struct Kernel {
     using Unit = typename Simd::Unit;
     static constexpr std::size_t lanes = Simd::lanes;
     static constexpr std::size_t block_units = block_keys / Simd::per_unit;
+    static constexpr std::size_t block_vectors = block_keys / lanes;
 
     // A row's state: `v_dim` of out, `lanes` of sum, the peak.
     static std::size_t state_floats(std::size_t v_dim) {
@@ -79,7 +80,7 @@ struct Kernel {
         work.weights =
             reinterpret_cast<Unit *>(cut(at, Simd::most_rows * block_units * sizeof(Unit)));
         work.scores =
-            reinterpret_cast<float *>(cut(at, Simd::most_rows * block_keys * sizeof(float)));
+            reinterpret_cast<float *>(cut(at, 2 * Simd::most_rows * block_keys * sizeof(float)));
         work.states =
             reinterpret_cast<float *>(cut(at, rows * state_floats(v_dim) * sizeof(float)));
         work.low = reinterpret_cast<std::uint32_t *>(cut(at, rows * sizeof(std::uint32_t)));
@@ -168,9 +169,8 @@ struct Kernel {
         }
     }
 
-    static Vec scaled(const Tile &tile, const Work &work, Vec scores) {
-        if (tile.softcap == 0.0f) return Simd::mul(scores, Simd::set1(work.query_factor));
-        // tanh by e = exp(-2 |x|): (1 - e) / (1 + e) with the sign of x.
+    // c * tanh(x / c) by e = exp(-2 |x / c|): (1 - e) / (1 + e) with the sign of x.
+    static Vec capped(const Work &work, Vec scores) {
         const Vec x = Simd::mul(scores, Simd::set1(work.query_factor));
         const Vec e = Simd::exp2(Simd::mul(Simd::magnitude(x), Simd::set1(-2.0f * log2_e)));
         const Vec one = Simd::set1(1.0f);
@@ -178,66 +178,151 @@ struct Kernel {
         return Simd::mul(tanh, Simd::set1(work.cap_factor));
     }
 
-    // Scores of one row to weights; updates the row's sum and peak. Of the block's keys it sees
-    // [first, last); the other lanes of `vectors` get weight 0. Returns `keep`.
-    static float soften(const Tile &tile, const Work &work, std::size_t row, float *state,
-                        std::size_t vectors, std::ptrdiff_t first, std::ptrdiff_t last) {
-        float *scores = work.scores + row * block_keys;
-        const float old_peak = peak_of(state, tile);
-        const bool whole = first <= 0 && last >= static_cast<std::ptrdiff_t>(vectors * lanes);
-        Vec top = Simd::set1(old_peak);
-        for (std::size_t v = 0; v < vectors; ++v) {
-            Vec one = scaled(tile, work, Simd::load(scores + v * lanes));
-            if (!whole) {
-                const auto before = static_cast<std::ptrdiff_t>(v * lanes);
-                one = Simd::within(one, first - before, last - before);
-            }
-            Simd::store(scores + v * lanes, one);
-            top = Simd::max(top, one);
-        }
-        const float peak = Simd::largest(top);
-        // Most blocks have no new peak; multiplying by 1 is exact, so leaving it out is, too.
-        float keep = 1.0f;
-        if (peak != old_peak) {
-            keep = Simd::first(Simd::exp2(Simd::set1(old_peak - peak)));
-            peak_of(state, tile) = peak;
-        }
-        Vec sum = Simd::mul(Simd::load(sum_of(state, tile)), Simd::set1(keep));
-        for (std::size_t v = 0; v < vectors; ++v) {
-            const Vec weights =
-                Simd::exp2(Simd::sub(Simd::load(scores + v * lanes), Simd::set1(peak)));
-            sum = Simd::add(sum, weights);
-            Simd::put_weights(work.weights + row * block_units, v * lanes, weights);
-        }
-        Simd::store(sum_of(state, tile), sum);
-        return keep;
+    // Some rows of the tile, and the keys that one of them sees of the block at `begin`.
+    struct Handful {
+        std::size_t row, rows, begin, keys;
+        float *scores;
+        std::size_t vectors() const { return (keys + lanes - 1) / lanes; }
+    };
+
+    // Lanes of vector `v` that a row sees, of the block's keys; the others are `other`.
+    static Vec seen(const Work &work, const Handful &some, std::size_t row, std::size_t v, Vec all,
+                    float other) {
+        const auto before = static_cast<std::ptrdiff_t>(some.begin + v * lanes);
+        return Simd::within(all, static_cast<std::ptrdiff_t>(work.low[some.row + row]) - before,
+                            static_cast<std::ptrdiff_t>(work.high[some.row + row]) - before, other);
     }
 
-    // A handful of rows over the packed block that begins at key `begin`.
-    static void visit(const Tile &tile, const Work &work, std::size_t row, std::size_t rows,
-                      std::size_t begin, float *states) {
+    // The largest score of each row, as far as it sees them, before `factor`.
+    template <bool whole>
+    static void find_tops(const Tile &tile, const Work &work, const Handful &some, float *tops) {
+        Vec top[Simd::most_rows];
+        for (std::size_t r = 0; r < some.rows; ++r) {
+            float *scores = some.scores + r * block_keys;
+            top[r] = Simd::set1(masked);
+            for (std::size_t v = 0; v < (whole ? block_vectors : some.vectors()); ++v) {
+                Vec one = Simd::load(scores + v * lanes);
+                if (!whole && tile.softcap != 0.0f) {
+                    one = capped(work, one);
+                    Simd::store(scores + v * lanes, one);
+                }
+                top[r] = Simd::max(top[r], whole ? one : seen(work, some, r, v, one, masked));
+            }
+        }
+        Simd::largest(top, some.rows, tops);
+    }
+
+    // Scores to weights, and the rows' sums to what they become with these.
+    template <bool whole>
+    static void soften(const Work &work, const Handful &some, const float *peaks,
+                       const float *keep, float factor, float *sums, std::size_t sums_row) {
+        const Vec factors = Simd::set1(factor);
+        for (std::size_t r = 0; r < some.rows; ++r) {
+            const float *scores = some.scores + r * block_keys;
+            Unit *weights = work.weights + r * block_units;
+            const Vec below = Simd::set1(-peaks[r]);
+            Vec sum = Simd::mul(Simd::load(sums + r * sums_row), Simd::set1(keep[r]));
+            Vec last = sum;
+            for (std::size_t v = 0; v < (whole ? block_vectors : some.vectors()); ++v) {
+                Vec one =
+                    Simd::exp2(Simd::mul_add(Simd::load(scores + v * lanes), factors, below));
+                if (!whole) one = seen(work, some, r, v, one, 0.0f);
+                sum = Simd::add(sum, one);
+                if (!whole) {
+                    Simd::put_weights(weights, v * lanes, one);
+                } else if (v % 2 == 1) {
+                    Simd::put_weights(weights, (v - 1) * lanes, last, one);
+                }
+                last = one;
+            }
+            Simd::store(sums + r * sums_row, sum);
+        }
+    }
+
+    static void score(const Tile &tile, const Work &work, const Handful &some) {
+        const std::size_t units = tile.qk_dim / Simd::per_unit;
+        product(some.rows, some.vectors(), work.query + some.row * units, units, work.keys,
+                block_keys, some.scores, block_keys, units, nullptr);
+    }
+
+    static void weigh(const Tile &tile, const Work &work, const Handful &some, float *states) {
         const std::size_t floats = state_floats(tile.v_dim);
+        states += some.row * floats;
+        bool whole = some.keys == block_keys && tile.softcap == 0.0f;
+        for (std::size_t r = some.row; r < some.row + some.rows; ++r) {
+            whole = whole && work.low[r] <= some.begin && work.high[r] >= some.begin + block_keys;
+        }
+        const float factor = tile.softcap != 0.0f ? 1.0f : work.query_factor;
+        float peaks[rounded_up(Simd::most_rows, 16)], keep[Simd::most_rows];
+        (whole ? find_tops<true> : find_tops<false>)(tile, work, some, peaks);
+        for (std::size_t r = 0; r < some.rows; ++r) {
+            float &peak = peak_of(states + r * floats, tile);
+            const float old_peak = peak, top = peaks[r] * factor;
+            peaks[r] = top > old_peak ? top : old_peak;
+            // Most blocks have no new peak; multiplying by 1 is exact, so leaving it out is, too.
+            keep[r] = 1.0f;
+            if (peaks[r] != old_peak) {
+                keep[r] = Simd::first(Simd::exp2(Simd::set1(old_peak - peaks[r])));
+                peak = peaks[r];
+            }
+        }
+        (whole ? soften<true> : soften<false>)(work, some, peaks, keep, factor,
+                                               sum_of(states, tile), floats);
+        product(some.rows, tile.v_dim / lanes, work.weights, block_units, work.values, tile.v_dim,
+                states, floats, (some.keys + Simd::per_unit - 1) / Simd::per_unit, keep);
+    }
+
+    // Of the block at `begin`, the keys up to the last that one of these rows sees; 0: they see none.
+    static std::size_t keys_seen(const Work &work, std::size_t row, std::size_t rows,
+                                 std::size_t begin) {
         std::size_t low = block_keys, high = 0;
         for (std::size_t r = row; r < row + rows; ++r) {
             low = least(low, most(work.low[r], begin) - begin);
             high = most(high, most(work.high[r], begin) - begin);
         }
         high = least(high, block_keys);
-        if (low >= high) return;
-        const std::size_t units = tile.qk_dim / Simd::per_unit;
-        const std::size_t vectors = (high + lanes - 1) / lanes;
-        product(rows, vectors, work.query + row * units, units, work.keys, block_keys, work.scores,
-                block_keys, units, nullptr);
-        float keep[Simd::most_rows];
-        for (std::size_t r = 0; r < rows; ++r) {
-            const auto first = static_cast<std::ptrdiff_t>(work.low[row + r]) -
-                               static_cast<std::ptrdiff_t>(begin);
-            const auto last = static_cast<std::ptrdiff_t>(work.high[row + r]) -
-                              static_cast<std::ptrdiff_t>(begin);
-            keep[r] = soften(tile, work, r, states + (row + r) * floats, vectors, first, last);
+        return low < high ? high : 0;
+    }
+
+    // Asks for the rows of these keys, which come next.
+    static void fetch(const Tile &tile, KeyRange keys) {
+        constexpr std::size_t line = 64;
+        for (std::size_t key = keys.begin; key < keys.end; ++key) {
+            const std::uint8_t *of_key = tile.key + tile.key_slot * tile.slots[key];
+            const std::uint8_t *of_value = tile.value + tile.value_slot * tile.slots[key];
+            for (std::size_t at = 0; at < tile.qk_dim * Simd::element_bytes; at += line) {
+                __builtin_prefetch(of_key + at);
+            }
+            for (std::size_t at = 0; at < tile.v_dim * Simd::element_bytes; at += line) {
+                __builtin_prefetch(of_value + at);
+            }
         }
-        product(rows, tile.v_dim / lanes, work.weights, block_units, work.values, tile.v_dim,
-                states + row * floats, floats, (high + Simd::per_unit - 1) / Simd::per_unit, keep);
+    }
+
+    // All rows over the packed block. The next scores are computed before the last ones are used:
+    // what waits for a row's peak then has something to run beside. The keys of the next block are
+    // on their way meanwhile.
+    static void visit(const Tile &tile, const Work &work, std::size_t begin, KeyRange next,
+                      float *states) {
+        const std::size_t rows = tile.positions * tile.group;
+        const std::size_t handfuls = (rows + Simd::most_rows - 1) / Simd::most_rows;
+        const std::size_t fetched = (next.end - next.begin + handfuls - 1) / handfuls;
+        Handful last{};
+        float *scores = work.scores, *free = work.scores + Simd::most_rows * block_keys;
+        for (std::size_t row = 0; row < rows; row += Simd::most_rows) {
+            fetch(tile, {next.begin, least(next.begin + fetched, next.end)});
+            next.begin = least(next.begin + fetched, next.end);
+            Handful some{row, least(rows - row, Simd::most_rows), begin, 0, scores};
+            some.keys = keys_seen(work, row, some.rows, begin);
+            if (some.keys == 0) continue;
+            score(tile, work, some);
+            if (last.keys != 0) weigh(tile, work, last, states);
+            last = some;
+            float *const used = scores;
+            scores = free;
+            free = used;
+        }
+        if (last.keys != 0) weigh(tile, work, last, states);
     }
 
     static const std::uint8_t *row_at(const std::uint8_t *base, std::ptrdiff_t slot_bytes,
@@ -269,8 +354,8 @@ struct Kernel {
     static void prepare(const Tile &tile, Work &work, void *scratch) {
         const std::size_t rows = tile.positions * tile.group;
         lay_out(work, static_cast<std::uint8_t *>(scratch), rows, tile.qk_dim, tile.v_dim);
-        const bool capped = tile.softcap != 0.0f;
-        work.query_factor = capped ? tile.scale / tile.softcap : tile.scale * log2_e;
+        work.query_factor =
+            tile.softcap != 0.0f ? tile.scale / tile.softcap : tile.scale * log2_e;
         work.cap_factor = tile.softcap * log2_e;
         const std::size_t units = tile.qk_dim / Simd::per_unit;
         for (std::size_t row = 0; row < rows; ++row) {
@@ -309,9 +394,8 @@ struct Kernel {
                 forget(tile, now);
             }
             pack(tile, work, begin, {real.begin, least(real.end, begin + block_keys)});
-            for (std::size_t row = 0; row < rows; row += Simd::most_rows) {
-                visit(tile, work, row, least(rows - row, Simd::most_rows), begin, now);
-            }
+            const std::size_t next = least(real.end, begin + block_keys);
+            visit(tile, work, begin, {next, least(real.end, next + block_keys)}, now);
         }
         if (now != states) fold(tile, states, now);
     }

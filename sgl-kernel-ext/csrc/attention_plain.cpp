@@ -1,84 +1,72 @@
-// Attention in plain C++: any processor. Loops over a few floats that compilers make vectors of.
-#include <cmath>
+// Attention in plain C++, four floats at a time: any processor.
 
 #include "attention_kernel.h"
 
 namespace memserve {
 namespace {
 
+// Vectors as GCC and Clang know them for any processor.
+typedef float Floats __attribute__((vector_size(16)));
+typedef std::int32_t Ints __attribute__((vector_size(16)));
+
 template <class T>
 struct PlainFloats {
-    static constexpr std::size_t lanes = 4, per_unit = 1, most_rows = 2, most_vectors = 2;
-    struct Vec {
-        float lane[lanes];
-    };
+    using Vec = Floats;
     using Unit = float;
-    using Units = Vec;
+    using Units = Floats;
+    static constexpr std::size_t lanes = 4, per_unit = 1, element_bytes = sizeof(T);
+    static constexpr std::size_t most_rows = 4, most_vectors = 2;
 
-    template <class Function>
-    static Vec each(const Function &function) {
-        Vec result;
-        for (std::size_t i = 0; i < lanes; ++i) result.lane[i] = function(i);
-        return result;
-    }
-
-    static Vec zero() { return set1(0.0f); }
-    static Vec set1(float value) {
-        return each([&](std::size_t) { return value; });
-    }
+    static Vec zero() { return Vec{}; }
+    static Vec set1(float value) { return Vec{value, value, value, value}; }
     static Vec load(const float *from) {
-        return each([&](std::size_t i) { return from[i]; });
+        Vec value;
+        std::memcpy(&value, from, sizeof value);
+        return value;
     }
-    static void store(float *to, Vec value) {
-        for (std::size_t i = 0; i < lanes; ++i) to[i] = value.lane[i];
+    static void store(float *to, Vec value) { std::memcpy(to, &value, sizeof value); }
+    static Vec add(Vec a, Vec b) { return a + b; }
+    static Vec sub(Vec a, Vec b) { return a - b; }
+    static Vec mul(Vec a, Vec b) { return a * b; }
+    static Vec div(Vec a, Vec b) { return a / b; }
+    static Vec max(Vec a, Vec b) { return a > b ? a : b; }
+    static Vec mul_add(Vec a, Vec b, Vec c) { return a * b + c; }
+    static Vec magnitude(Vec a) { return floats(ints(a) & 0x7fffffff); }
+    static Vec with_sign(Vec a, Vec sign) { return floats(ints(a) | (ints(sign) & INT32_MIN)); }
+    static float first(Vec a) { return a[0]; }
+    static void largest(const Vec *a, std::size_t count, float *to) {
+        for (std::size_t i = 0; i < count; ++i) {
+            const float x = a[i][0] > a[i][1] ? a[i][0] : a[i][1];
+            const float y = a[i][2] > a[i][3] ? a[i][2] : a[i][3];
+            to[i] = x > y ? x : y;
+        }
     }
-    static Vec add(Vec a, Vec b) {
-        return each([&](std::size_t i) { return a.lane[i] + b.lane[i]; });
-    }
-    static Vec sub(Vec a, Vec b) {
-        return each([&](std::size_t i) { return a.lane[i] - b.lane[i]; });
-    }
-    static Vec mul(Vec a, Vec b) {
-        return each([&](std::size_t i) { return a.lane[i] * b.lane[i]; });
-    }
-    static Vec div(Vec a, Vec b) {
-        return each([&](std::size_t i) { return a.lane[i] / b.lane[i]; });
-    }
-    static Vec max(Vec a, Vec b) {
-        return each([&](std::size_t i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
-    }
-    static Vec magnitude(Vec a) {
-        return each([&](std::size_t i) { return std::fabs(a.lane[i]); });
-    }
-    static Vec with_sign(Vec a, Vec sign) {
-        return each([&](std::size_t i) { return std::copysign(a.lane[i], sign.lane[i]); });
-    }
-    static float first(Vec a) { return a.lane[0]; }
-    static float largest(Vec a) {
-        const float x = a.lane[0] > a.lane[1] ? a.lane[0] : a.lane[1];
-        const float y = a.lane[2] > a.lane[3] ? a.lane[2] : a.lane[3];
-        return x > y ? x : y;
-    }
-    static float total(Vec a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
+    static float total(Vec a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 
-    static Vec within(Vec a, std::ptrdiff_t first, std::ptrdiff_t last) {
-        return each([&](std::size_t i) {
-            const auto lane = static_cast<std::ptrdiff_t>(i);
-            return lane >= first && lane < last ? a.lane[i] : masked;
-        });
+    static Vec within(Vec a, std::ptrdiff_t first, std::ptrdiff_t last, float other) {
+        const auto limit = [](std::ptrdiff_t lane) {
+            const auto lanes_before = static_cast<std::int32_t>(lane < 0 ? 0 : lane > 4 ? 4 : lane);
+            return Ints{} + lanes_before;
+        };
+        const Ints lane{0, 1, 2, 3};
+        return ((lane >= limit(first)) & (lane < limit(last))) ? a : set1(other);
     }
 
     static Vec exp2(Vec x) {
-        return each([&](std::size_t i) {
-            // Below the smallest normal number: 0. NaN stays.
-            if (x.lane[i] < -126.0f) return 0.0f;
-            const float whole = std::floor(x.lane[i] + 0.5f);
-            const float rest = x.lane[i] - whole;
-            float sum = 0.0f;
-            for (const float factor : exp2_factors) sum = sum * rest + factor;
-            return std::ldexp(sum, static_cast<int>(whole == whole ? whole : 0.0f));
-        });
+        // Below the smallest normal number: 0.
+        const Vec lowest = set1(-126.0f);
+        const Vec limited = x > lowest ? x : lowest;
+        const Ints whole = __builtin_convertvector(limited - 0.5f, Ints);
+        const Vec rest = limited - __builtin_convertvector(whole, Vec);
+        Vec sum = zero();
+        for (const float factor : exp2_factors) sum = sum * rest + factor;
+        // NaN has gone at the limit: it comes back.
+        const Vec result = sum * floats((whole + 127) << 23) + (x - x);
+        return x < lowest ? zero() : result;
     }
+
+    static Ints ints(Vec value) { return reinterpret_cast<Ints>(value); }
+    static Vec floats(Ints value) { return reinterpret_cast<Vec>(value); }
 
     static Units load_units(const Unit *from) { return load(from); }
     static Units broadcast(const Unit *from) { return set1(*from); }
@@ -108,9 +96,13 @@ struct PlainFloats {
     static void put_weights(Unit *weights, std::size_t key, Vec values) {
         store(weights + key, values);
     }
+    static void put_weights(Unit *weights, std::size_t key, Vec first, Vec second) {
+        put_weights(weights, key, first);
+        put_weights(weights, key + lanes, second);
+    }
     static std::uint8_t *write(std::uint8_t *to, Vec values) {
         for (std::size_t i = 0; i < lanes; ++i) {
-            const T value = from_float<T>(values.lane[i]);
+            const T value = from_float<T>(values[static_cast<int>(i)]);
             std::memcpy(to + i * sizeof(T), &value, sizeof(T));
         }
         return to + lanes * sizeof(T);

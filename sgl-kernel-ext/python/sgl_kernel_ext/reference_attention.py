@@ -122,8 +122,11 @@ class Attention:
             least = (shape.kv_heads - 1) * pool.head_stride + dim
             if pool.head_stride < dim or pool.slot_stride < least or pool.address == 0:
                 raise ValueError(f"{pool} overlaps itself, or cannot lie there")
-        if not np.isfinite([shape.scale, shape.softcap]).all() or shape.softcap < 0:
-            raise ValueError("scale must be finite, softcap finite and not below 0")
+        if (
+            not np.isfinite([shape.scale, shape.softcap]).all()
+            or min(shape.scale, shape.softcap) < 0
+        ):
+            raise ValueError("scale and softcap must be finite and not below 0")
 
     def attend(
         self,
