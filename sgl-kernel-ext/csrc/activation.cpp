@@ -8,36 +8,41 @@ namespace {
 
 constexpr std::int64_t most_width = std::int64_t{1} << 30;
 
-// e to the x within an ulp, infinity and 0 at the ends: x = n ln 2 + r, a polynomial in r, 2^n in two
-// factors so that the ends overflow as they should. No branches, so that compilers vectorise it.
+// e to the x, to be added to 1: right within an ulp from -86 on, and infinity where it overflows.
+// x = n ln 2 + r, a polynomial in r, times 2^(n - 1) and 2. No branches, so that compilers vectorise
+// it; what is rounded to 16 bits does with fewer terms.
+template <typename T>
 MEMSERVE_INLINE float exponential(float x) {
+    constexpr bool fine = sizeof(T) == 4;
     constexpr float whole = 12582912.0f;  // 1.5 * 2^23: to add it rounds to an integer
-    const float low = x < -104.0f ? -104.0f : x;
-    const float bounded = low > 104.0f ? 104.0f : low;
+    const float low = x < -86.0f ? -86.0f : x;
+    const float bounded = low > 89.0f ? 89.0f : low;
     const float shifted = bounded * 1.44269504f + whole;
     const float n = shifted - whole;
-    // ln 2 in three parts, the first two short enough for exact products.
-    const float r = ((bounded - n * 0.693359375f) - n * -2.12192535e-4f) - n * 1.1730463e-9f;
-    float p = 1.9841270e-4f;
-    p = p * r + 1.3888889e-3f;
+    // ln 2 in parts, of which the first is short enough for exact products.
+    float r = (bounded - n * 0.693359375f) - n * -2.12192535e-4f;
+    if (fine) r -= n * 1.1730463e-9f;
+    float p = fine ? 1.9841270e-4f : 1.3888889e-3f;
+    if (fine) p = p * r + 1.3888889e-3f;
     p = p * r + 8.3333333e-3f;
     p = p * r + 4.1666668e-2f;
     p = p * r + 1.6666667e-1f;
     p = p * r + 0.5f;
     p = (p * r) * r + r;
-    const std::int32_t power = static_cast<std::int32_t>(bits_of(shifted) - bits_of(whole));
-    const std::int32_t half = power >> 1;
-    const float first = float_of(static_cast<std::uint32_t>(half + 127) << 23);
-    const float second = float_of(static_cast<std::uint32_t>(power - half + 127) << 23);
-    return ((p + 1.0f) * first) * second;
+    const float power = float_of((bits_of(shifted) - bits_of(whole) + 126u) << 23);
+    return ((p + 1.0f) * power) * 2.0f;
 }
 
-MEMSERVE_INLINE float silu(float x) { return x / (1.0f + exponential(-x)); }
+template <typename T>
+MEMSERVE_INLINE float silu(float x) {
+    return x / (1.0f + exponential<T>(-x));
+}
 
 // 0.5 x (1 + tanh(u)) is x / (1 + e^(-2u)).
+template <typename T>
 MEMSERVE_INLINE float gelu_tanh(float x) {
     const float u = 0.79788456f * (x + 0.044715f * ((x * x) * x));
-    return x / (1.0f + exponential(-2.0f * u));
+    return x / (1.0f + exponential<T>(-2.0f * u));
 }
 
 template <typename T, Activation activation>
@@ -45,8 +50,9 @@ MEMSERVE_INLINE void gate_row(const T *x, std::int64_t width, T *__restrict__ ou
     const T *up = x + width;
     for (std::int64_t i = 0; i < width; ++i) {
         const float value = to_float(x[i]);
-        const float active = activation == Activation::silu ? silu(value) : gelu_tanh(value);
-        out[i] = from_float<T>(rounded<T>(active) * to_float(up[i]));
+        const float active = activation == Activation::silu ? silu<T>(value)
+                                                                : gelu_tanh<T>(value);
+        out[i] = narrow<T>(rounded<T>(active) * to_float(up[i]));
     }
 }
 

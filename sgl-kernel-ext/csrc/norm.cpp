@@ -104,13 +104,13 @@ MEMSERVE_INLINE void gather(const Row<T, W> &row, std::int64_t width, NormForm f
         for (std::int64_t i = 0; i < width; ++i) row.values[i] = to_float(row.x[i]);
     } else if (form == NormForm::gemma) {
         for (std::int64_t i = 0; i < width; ++i) {
-            row.residual[i] = from_float<T>(to_float(row.x[i]) + to_float(row.residual[i]));
+            row.residual[i] = narrow<T>(to_float(row.x[i]) + to_float(row.residual[i]));
             row.values[i] = to_float(row.residual[i]);
         }
     } else {
         for (std::int64_t i = 0; i < width; ++i) {
             row.values[i] = to_float(row.x[i]) + to_float(row.residual[i]);
-            row.residual[i] = from_float<T>(row.values[i]);
+            row.residual[i] = narrow<T>(row.values[i]);
         }
     }
 }
@@ -120,19 +120,19 @@ MEMSERVE_INLINE void scale(const Row<T, W> &row, std::int64_t width, NormForm fo
     switch (form) {
         case NormForm::plain:
             for (std::int64_t i = 0; i < width; ++i) {
-                row.out[i] = from_float<T>(row.values[i] * by * to_float(row.weight[i]));
+                row.out[i] = narrow<T>(row.values[i] * by * to_float(row.weight[i]));
             }
             return;
         case NormForm::gemma:
             for (std::int64_t i = 0; i < width; ++i) {
                 const float weight = 1.0f + to_float(row.weight[i]);
-                row.out[i] = from_float<T>(row.values[i] * by * weight);
+                row.out[i] = narrow<T>(row.values[i] * by * weight);
             }
             return;
         case NormForm::cast_first:
             for (std::int64_t i = 0; i < width; ++i) {
                 const float normed = rounded<T>(row.values[i] * by);
-                row.out[i] = from_float<T>(normed * to_float(row.weight[i]));
+                row.out[i] = narrow<T>(normed * to_float(row.weight[i]));
             }
     }
 }

@@ -22,8 +22,8 @@ struct Angles {
 template <typename T>
 MEMSERVE_INLINE void turn(T &first, T &second, float cosine, float sine) {
     const float a = to_float(first), b = to_float(second);
-    first = from_float<T>(rounded<T>(a * cosine) - rounded<T>(b * sine));
-    second = from_float<T>(rounded<T>(b * cosine) + rounded<T>(a * sine));
+    first = narrow<T>(rounded<T>(a * cosine) - rounded<T>(b * sine));
+    second = narrow<T>(rounded<T>(b * cosine) + rounded<T>(a * sine));
 }
 
 template <typename T>

@@ -87,10 +87,32 @@ MEMSERVE_INLINE Fp16 from_float<Fp16>(float value) {
     return {static_cast<std::uint16_t>(sign | result)};
 }
 
-// Rounded to T and back: what a step of a computation in T leaves.
+// The same for a value computed from numbers of T: its NaNs are theirs or the processor's, and stay
+// NaNs without being looked for.
+template <typename T>
+MEMSERVE_INLINE T narrow(float value) {
+    return from_float<T>(value);
+}
+
+MEMSERVE_INLINE std::uint32_t rounded_bits(float value) {
+    const std::uint32_t bits = bits_of(value);
+    return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+template <>
+MEMSERVE_INLINE Bf16 narrow<Bf16>(float value) {
+    return {static_cast<std::uint16_t>(rounded_bits(value) >> 16)};
+}
+
+// Narrowed and widened again: what a step of a computation in T leaves.
 template <typename T>
 MEMSERVE_INLINE float rounded(float value) {
-    return to_float(from_float<T>(value));
+    return to_float(narrow<T>(value));
+}
+
+template <>
+MEMSERVE_INLINE float rounded<Bf16>(float value) {
+    return float_of(rounded_bits(value) & 0xffff0000u);
 }
 
 #if defined(__x86_64__)
