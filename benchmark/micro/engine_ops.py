@@ -93,7 +93,7 @@ def measured(case: Case, rounds: int, repeats: int) -> dict[str, Any]:
 @functools.cache
 def cold(copies: int, n: int, k: int) -> torch.Tensor:
     """Weights in which no byte is 1, so that ``memchr`` reads them all."""
-    weights = torch.randn(copies, n, k, dtype=torch.bfloat16) / k**0.5
+    weights: torch.Tensor = torch.randn(copies, n, k, dtype=torch.bfloat16) / k**0.5
     plain = weights.view(torch.uint8)
     plain[plain == 1] = 2
     return weights

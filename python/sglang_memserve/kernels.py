@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from sgl_kernel_ext import attention, tables
     from sgl_kernel_ext.attention import AttentionPlan, PagedAttention
-    from sgl_kernel_ext.engine import KvSlots, RmsNorm, Rotary, ThinLinear
+    from sgl_kernel_ext.engine import DecoderLayer, KvSlots, RmsNorm, Rotary, ThinLinear
     from sgl_kernel_ext.tables import RowTable
 
     Rows = Sequence[int] | NDArray[np.int64]
@@ -167,6 +167,19 @@ class Native(Protocol):
         cache_dtype: tables.Dtype,
         style: tables.RotaryStyle,
     ) -> Rotary: ...
+
+    def decoder_layer(
+        self,
+        input_norm: RmsNorm,
+        qkv: ThinLinear,
+        rotary: Rotary,
+        attention: PagedAttention,
+        o: ThinLinear,
+        post_norm: RmsNorm,
+        gate_up: ThinLinear,
+        down: ThinLinear,
+        activation: tables.Activation,
+    ) -> DecoderLayer: ...
 
     def gate(
         self,

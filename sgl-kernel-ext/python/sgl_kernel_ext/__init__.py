@@ -3,8 +3,8 @@
 Modules, in order of dependency:
 
 - ``tables``, ``attention``: what the ops are handed
-- ``reference``, ``reference_engine``, ``reference_attention``: every op in plain Python and numpy;
-  the oracle, and what runs without a compiler
+- ``reference``, ``reference_engine``, ``reference_attention``, ``reference_decoder``: every op in
+  plain Python and numpy; the oracle, and what runs without a compiler
 - ``switch``: whether native ops run
 - ``_native``: the same in C++ (absent where it could not be built)
 - ``engine``: the ops of a model's layers

@@ -98,6 +98,42 @@ class Rotary:
         threads: int,
     ) -> None: ...
 
+class DecoderLayer:
+    def __init__(
+        self,
+        input_norm: RmsNorm,
+        qkv: ThinLinear,
+        rotary: Rotary,
+        attention: PagedAttention,
+        o: ThinLinear,
+        post_norm: RmsNorm,
+        gate_up: ThinLinear,
+        down: ThinLinear,
+        activation: int,
+    ) -> None: ...
+    def apply(
+        self,
+        plan: AttentionPlan,
+        hidden: int,
+        hidden_stride: int,
+        residual: int,
+        residual_stride: int,
+        positions: int,
+        rows: int,
+        threads: int,
+    ) -> None: ...
+    def apply_first(
+        self,
+        plan: AttentionPlan,
+        hidden: int,
+        hidden_stride: int,
+        residual: int,
+        residual_stride: int,
+        positions: int,
+        rows: int,
+        threads: int,
+    ) -> None: ...
+
 def gate(
     x: int,
     x_stride: int,

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from . import reference_decoder
 from . import reference_engine as reference
+from .attention import AttentionPlan, PagedAttention
 from .switch import NATIVE
 from .tables import Activation, Dtype, Isa, NormForm, RotaryStyle
 
@@ -184,3 +186,67 @@ def gate(
     """
     run = _native.gate if NATIVE else reference.gate
     run(x, x_stride, out, out_stride, rows, width, dtype, activation, threads)
+
+
+class DecoderLayer(Protocol):
+    """One layer, for 1 to 16 rows of new tokens.
+
+    ``hidden`` and ``residual`` ``[rows, width]`` of the layer's dtype, any distance apart, are read
+    and written: what comes out as ``hidden`` is the output of the MLP, which the next layer (or the
+    last norm, ``RmsNorm.add_and_apply``) adds to ``residual``. ``positions`` int64 ``[rows]``; the
+    plan says which slots the rows' keys and values are written to, and which are read. The bits
+    are those of the parts called one after another. Lets go of the GIL.
+
+    Raises IndexError for positions and slots beyond their limits, ValueError for what does not fit;
+    then nothing has been written.
+    """
+
+    def apply(
+        self,
+        plan: AttentionPlan,
+        hidden: int,
+        hidden_stride: int,
+        residual: int,
+        residual_stride: int,
+        positions: int,
+        rows: int,
+        threads: int,
+    ) -> None: ...
+
+    def apply_first(
+        self,
+        plan: AttentionPlan,
+        hidden: int,
+        hidden_stride: int,
+        residual: int,
+        residual_stride: int,
+        positions: int,
+        rows: int,
+        threads: int,
+    ) -> None:
+        """The model's first layer: ``residual`` is only written, it starts as ``hidden``."""
+
+
+def decoder_layer(
+    input_norm: RmsNorm,
+    qkv: ThinLinear,
+    rotary: Rotary,
+    attention: PagedAttention,
+    o: ThinLinear,
+    post_norm: RmsNorm,
+    gate_up: ThinLinear,
+    down: ThinLinear,
+    activation: Activation,
+) -> DecoderLayer:
+    """A llama-class layer of parts that were made by this module: norm, q/k/v (rows of q heads, k
+    heads, v heads), rotary embedding, causal attention that writes k and v first, output, norm,
+    gate and up (rows of one, then of the other), activation, down. It takes copies of the parts;
+    the tensors they name must stay.
+
+    Raises ValueError where the parts do not fit each other.
+    """
+    made: Any = _native.DecoderLayer if NATIVE else reference_decoder.DecoderLayer
+    layer: DecoderLayer = made(
+        input_norm, qkv, rotary, attention, o, post_norm, gate_up, down, activation
+    )
+    return layer

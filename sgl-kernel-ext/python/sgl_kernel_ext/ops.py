@@ -20,10 +20,12 @@ from .attention import SlotTable as SlotTable
 from .attention_ops import attention_plan as attention_plan
 from .attention_ops import merge_state as merge_state
 from .attention_ops import paged_attention as paged_attention
+from .engine import DecoderLayer as DecoderLayer
 from .engine import KvSlots as KvSlots
 from .engine import RmsNorm as RmsNorm
 from .engine import Rotary as Rotary
 from .engine import ThinLinear as ThinLinear
+from .engine import decoder_layer as decoder_layer
 from .engine import gate as gate
 from .engine import isa as isa
 from .engine import kv_slots as kv_slots

@@ -148,7 +148,7 @@ class Attention:
         shape, kind = self.geometry, _BITS[self.geometry.dtype]
         if not 1 <= threads <= 256:
             raise ValueError(f"threads must be in 1..256, got {threads}")
-        self._check(plan, key, value)
+        self.check(plan, key, value)
 
         def rows_at(address: int, stride: int, heads: int, dim: int) -> Stored:
             if plan.rows and (address == 0 or stride < heads * dim):
@@ -184,7 +184,7 @@ class Attention:
         seen = behind >= 0
         return seen if self.geometry.window < 0 else seen & (behind <= self.geometry.window)
 
-    def _check(self, plan: Plan, key: int, value: int) -> None:
+    def check(self, plan: Plan, key: int, value: int) -> None:
         if (key == 0) != (value == 0):
             raise ValueError("keys and values are written together or not at all")
         if key and len(plan.written) != plan.rows:

@@ -92,7 +92,7 @@ class ThinLinear:
     """As ``ops.thin_linear``; sums in float64, one thread."""
 
     def __init__(self, weight: int, n: int, k: int, stride: int, bias: int, dtype: int) -> None:
-        self._dtype = Dtype(dtype)
+        self._dtype, self.n, self.k, self.dtype = Dtype(dtype), n, k, Dtype(dtype)
         if not (0 < n <= 2**40 and 0 < k <= 2**24):
             raise ValueError(f"weights of {n} x {k}")
         check_rows("weight", weight, n, k, stride, self._dtype)
@@ -135,6 +135,7 @@ class RmsNorm:
             raise ValueError(f"eps must not be negative: {eps}")
         self._weight, self._weight_dtype = matrix(weight, 1, width, width, wide), wide
         self._width, self._eps = width, np.float32(eps)
+        self.width, self.dtype = width, self._dtype
 
     def apply(
         self, x: int, x_stride: int, out: int, out_stride: int, rows: int, threads: int
@@ -252,6 +253,8 @@ class Rotary:
         self._cache = to_float(matrix(cache, positions, rotary_dim, rotary_dim, stored), stored)
         self._dtype, self._style, self._dim = Dtype(dtype), RotaryStyle(style), head_dim
         self._q_width, self._k_width = q_heads * head_dim, k_heads * head_dim
+        self.heads, self.dtype = (q_heads, k_heads, head_dim), self._dtype
+        self.positions = positions
 
     def apply(
         self, positions: int, rows: int, q: int, q_stride: int, k: int, k_stride: int, threads: int
