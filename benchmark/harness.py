@@ -33,6 +33,7 @@ sys.path.insert(0, str(ROOT / "test"))
 BENCHMARKS = (
     ("micro/kernels.py", "micro-kernels.json"),
     ("micro/engine_ops.py", "micro-engine-ops.json"),
+    ("micro/attention.py", "micro-attention.json"),
     ("micro/pool.py", "micro-pool.json"),
     # With --trace it also replays a recorded trace: micro-eviction.json.
     ("micro/eviction.py", "micro-eviction-synthetic.json"),

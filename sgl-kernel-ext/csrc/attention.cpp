@@ -19,6 +19,7 @@ namespace {
 
 // Fewer tiles than this for each thread, and long sequences are shared out by segments.
 constexpr std::size_t tiles_worth_a_thread = 8;
+constexpr std::size_t shares_worth_a_thread = 4;
 // Beyond this, states of segments are not kept for that.
 constexpr std::size_t most_state_bytes = std::size_t{64} << 20;
 constexpr std::size_t head_dim_step = 16;
@@ -57,10 +58,10 @@ class Scratch {
     std::size_t bytes_ = 0;
 };
 
-// Tokens `first .. first + positions - 1` of a request's new rows, for one K/V head.
+// Tokens `first .. first + positions - 1` of a request's new rows, for some K/V heads.
 struct Piece {
     const AttentionPlan::Request *request;
-    std::size_t first, positions, head;
+    std::size_t first, positions, head, heads;
     std::size_t cost;
 };
 
@@ -81,19 +82,21 @@ Tile tile_of(const PagedAttention &layer, const AttentionPlan &plan, const Atten
     tile.query_head = qk_bytes;
     tile.query = at(call.query, row * tile.query_token + first_q_head * qk_bytes);
     tile.key_slot = layer.key.slot_stride * bytes;
-    tile.key = at(layer.key.address, head * layer.key.head_stride * bytes);
+    tile.key_head = layer.key.head_stride * bytes;
+    tile.key = at(layer.key.address, head * tile.key_head);
     tile.value_slot = layer.value.slot_stride * bytes;
-    tile.value = at(layer.value.address, head * layer.value.head_stride * bytes);
+    tile.value_head = layer.value.head_stride * bytes;
+    tile.value = at(layer.value.address, head * tile.value_head);
     tile.slots = plan.slots().data() + piece.request->first_slot;
     tile.out_token = call.out_stride * bytes;
     tile.out_head = v_bytes;
     tile.out = at(call.out, row * tile.out_token + first_q_head * v_bytes);
     tile.lse_token = static_cast<std::ptrdiff_t>(layer.q_heads);
-    tile.lse_head = 1;
     tile.lse = call.lse == 0 ? nullptr
                              : reinterpret_cast<float *>(call.lse) + row * tile.lse_token +
                                    first_q_head;
     tile.positions = piece.positions;
+    tile.heads = piece.heads;
     tile.group = group;
     tile.length = piece.request->length;
     tile.causal = layer.causal;
@@ -114,25 +117,39 @@ KeyRange keys_of(const Tile &tile) {
     return {first > tile.window ? first - tile.window : 0, first + tile.positions};
 }
 
+// K/V heads in one tile: as many as there is room for, because they lie side by side in memory; or one,
+// where threads would have nothing to share otherwise.
+std::size_t heads_together(const PagedAttention &layer, const AttentionPlan &plan,
+                           std::size_t rows_of_head, unsigned threads) {
+    const std::size_t room = std::max<std::size_t>(1, most_tile_rows / rows_of_head);
+    std::size_t shares = 0;
+    for (const AttentionPlan::Request &request : plan.requests()) {
+        if (request.rows > 0) shares += request.length / segment_keys + 1;
+    }
+    const bool enough = threads == 1 || shares >= shares_worth_a_thread * threads;
+    return enough ? std::min(room, layer.kv_heads) : 1;
+}
+
 std::vector<Piece> pieces_of(const PagedAttention &layer, const AttentionPlan &plan,
                              unsigned threads) {
-    const std::size_t step = std::max<std::size_t>(1, most_tile_rows * layer.kv_heads / layer.q_heads);
+    const std::size_t group = layer.q_heads / layer.kv_heads;
+    const std::size_t step = std::max<std::size_t>(1, most_tile_rows / group);
     std::vector<Piece> pieces;
     for (const AttentionPlan::Request &request : plan.requests()) {
         for (std::size_t first = 0; first < request.rows; first += step) {
             const std::size_t positions = std::min(step, request.rows - first);
-            for (std::size_t head = 0; head < layer.kv_heads; ++head) {
-                pieces.push_back({&request, first, positions, head, 0});
+            const std::size_t seen =
+                layer.causal ? request.length - request.rows + first + positions : request.length;
+            const std::size_t together = heads_together(layer, plan, positions * group, threads);
+            for (std::size_t head = 0; head < layer.kv_heads; head += together) {
+                const std::size_t heads = std::min(together, layer.kv_heads - head);
+                const std::size_t cost = heads * positions * std::min(seen, layer.window);
+                pieces.push_back({&request, first, positions, head, heads, cost});
             }
         }
     }
+    // The longest first: what is left at the end is short, so no thread waits long.
     if (threads > 1) {
-        // The longest first: what is left at the end is short, so no thread waits long.
-        for (Piece &piece : pieces) {
-            const std::size_t before = piece.request->length - std::min(piece.request->length, piece.request->rows);
-            piece.cost = piece.positions * (layer.causal ? std::min(before + piece.first, layer.window) + piece.positions
-                                                         : piece.request->length);
-        }
         std::stable_sort(pieces.begin(), pieces.end(),
                          [](const Piece &a, const Piece &b) { return a.cost > b.cost; });
     }
@@ -164,7 +181,7 @@ class Work {
     };
 
     std::size_t rows_of(const Piece &piece) const {
-        return piece.positions * (layer_.q_heads / layer_.kv_heads);
+        return piece.heads * piece.positions * (layer_.q_heads / layer_.kv_heads);
     }
 
     void *scratch_for(const Piece &piece) const {

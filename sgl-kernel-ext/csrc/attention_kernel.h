@@ -48,6 +48,8 @@ struct Kernel {
     static constexpr std::size_t lanes = Simd::lanes;
     static constexpr std::size_t block_units = block_keys / Simd::per_unit;
     static constexpr std::size_t block_vectors = block_keys / lanes;
+    // Keys packed between two looks ahead.
+    static constexpr std::size_t pack_keys = 16, packs_of_block = block_keys / pack_keys;
 
     // A row's state: `v_dim` of out, `lanes` of sum, the peak.
     static std::size_t state_floats(std::size_t v_dim) {
@@ -284,35 +286,51 @@ struct Kernel {
         return low < high ? high : 0;
     }
 
-    // Asks for the rows of these keys, which come next.
-    static void fetch(const Tile &tile, KeyRange keys) {
-        constexpr std::size_t line = 64;
-        for (std::size_t key = keys.begin; key < keys.end; ++key) {
-            const std::uint8_t *of_key = tile.key + tile.key_slot * tile.slots[key];
-            const std::uint8_t *of_value = tile.value + tile.value_slot * tile.slots[key];
-            for (std::size_t at = 0; at < tile.qk_dim * Simd::element_bytes; at += line) {
-                __builtin_prefetch(of_key + at);
-            }
-            for (std::size_t at = 0; at < tile.v_dim * Simd::element_bytes; at += line) {
-                __builtin_prefetch(of_value + at);
+    // Asks memory for the rows of the next block, a few keys at a time while others are computed. All
+    // heads of a token lie side by side, so each page of the pool is read from end to end.
+    class Ahead {
+      public:
+        Ahead(const Tile &tile, KeyRange keys, std::size_t steps)
+            : tile_(tile), keys_(keys), step_((keys.end - keys.begin + steps - 1) / steps) {}
+
+        void fetch() {
+            const std::size_t end = least(keys_.begin + step_, keys_.end);
+            for (; keys_.begin < end; ++keys_.begin) {
+                const std::int32_t slot = tile_.slots[keys_.begin];
+                fetch_row(tile_.key + tile_.key_slot * slot, tile_.key_head, tile_.qk_dim);
+                fetch_row(tile_.value + tile_.value_slot * slot, tile_.value_head, tile_.v_dim);
             }
         }
+
+      private:
+        void fetch_row(const std::uint8_t *row, std::ptrdiff_t head_bytes, std::size_t dim) const {
+            constexpr std::size_t line = 64;
+            const std::size_t bytes = static_cast<std::size_t>(head_bytes) * (tile_.heads - 1) +
+                                      dim * Simd::element_bytes;
+            for (std::size_t at = 0; at < bytes; at += line) __builtin_prefetch(row + at);
+        }
+
+        const Tile &tile_;
+        KeyRange keys_;
+        const std::size_t step_;
+    };
+
+    // Calls of `Ahead::fetch` in a block.
+    static std::size_t steps_of_block(const Tile &tile) {
+        const std::size_t handfuls = (tile.rows_of_head() + Simd::most_rows - 1) / Simd::most_rows;
+        return tile.heads * (2 * packs_of_block + handfuls);
     }
 
-    // All rows over the packed block. The next scores are computed before the last ones are used:
-    // what waits for a row's peak then has something to run beside. The keys of the next block are
-    // on their way meanwhile.
-    static void visit(const Tile &tile, const Work &work, std::size_t begin, KeyRange next,
-                      float *states) {
-        const std::size_t rows = tile.positions * tile.group;
-        const std::size_t handfuls = (rows + Simd::most_rows - 1) / Simd::most_rows;
-        const std::size_t fetched = (next.end - next.begin + handfuls - 1) / handfuls;
+    // The rows of one head over its packed block. The next scores are computed before the last ones
+    // are used: what waits for a row's peak then has something to run beside.
+    static void visit(const Tile &tile, const Work &work, std::size_t head, std::size_t begin,
+                      Ahead &ahead, float *states) {
+        const std::size_t end = (head + 1) * tile.rows_of_head();
         Handful last{};
         float *scores = work.scores, *free = work.scores + Simd::most_rows * block_keys;
-        for (std::size_t row = 0; row < rows; row += Simd::most_rows) {
-            fetch(tile, {next.begin, least(next.begin + fetched, next.end)});
-            next.begin = least(next.begin + fetched, next.end);
-            Handful some{row, least(rows - row, Simd::most_rows), begin, 0, scores};
+        for (std::size_t row = end - tile.rows_of_head(); row < end; row += Simd::most_rows) {
+            ahead.fetch();
+            Handful some{row, least(end - row, Simd::most_rows), begin, 0, scores};
             some.keys = keys_seen(work, row, some.rows, begin);
             if (some.keys == 0) continue;
             score(tile, work, some);
@@ -331,39 +349,55 @@ struct Kernel {
         return base + slot_bytes * tile.slots[key];
     }
 
-    // Keys and values of the block that begins at `begin`; those outside `real` are zeros.
-    static void pack(const Tile &tile, const Work &work, std::size_t begin, KeyRange real) {
+    // Keys and values of one head of the block that begins at `begin`; outside `real`, zeros.
+    static void pack(const Tile &tile, const Work &work, std::size_t head, std::size_t begin,
+                     KeyRange real, Ahead &ahead) {
         const std::size_t count = real.end - begin;
         const std::size_t units = tile.qk_dim / Simd::per_unit;
+        const auto which = static_cast<std::ptrdiff_t>(head);
+        const std::uint8_t *key = tile.key + which * tile.key_head;
+        const std::uint8_t *value = tile.value + which * tile.value_head;
         for (std::size_t k = 0; k < count; k += lanes) {
+            if (k % pack_keys == 0) ahead.fetch();
             const std::uint8_t *rows[lanes];
             for (std::size_t i = 0; i < lanes; ++i) {
-                rows[i] = row_at(tile.key, tile.key_slot, tile, begin + k + i, real);
+                rows[i] = row_at(key, tile.key_slot, tile, begin + k + i, real);
             }
             Simd::pack_keys(rows, units, work.keys + k);
         }
         for (std::size_t k = 0; k < count; k += Simd::per_unit) {
+            if (k % pack_keys == 0) ahead.fetch();
             const std::uint8_t *rows[Simd::per_unit];
             for (std::size_t i = 0; i < Simd::per_unit; ++i) {
-                rows[i] = row_at(tile.value, tile.value_slot, tile, begin + k + i, real);
+                rows[i] = row_at(value, tile.value_slot, tile, begin + k + i, real);
             }
             Simd::pack_values(rows, tile.v_dim, work.values + k / Simd::per_unit * tile.v_dim);
         }
     }
 
+    struct Place {
+        std::size_t position;
+        std::ptrdiff_t token, head;  // of the tile's first
+    };
+
+    static Place place_of(const Tile &tile, std::size_t row) {
+        const std::size_t position = row / tile.group % tile.positions;
+        const std::size_t head = row / tile.rows_of_head() * tile.group + row % tile.group;
+        return {position, static_cast<std::ptrdiff_t>(position), static_cast<std::ptrdiff_t>(head)};
+    }
+
     static void prepare(const Tile &tile, Work &work, void *scratch) {
-        const std::size_t rows = tile.positions * tile.group;
-        lay_out(work, static_cast<std::uint8_t *>(scratch), rows, tile.qk_dim, tile.v_dim);
+        lay_out(work, static_cast<std::uint8_t *>(scratch), tile.rows(), tile.qk_dim, tile.v_dim);
         work.query_factor =
             tile.softcap != 0.0f ? tile.scale / tile.softcap : tile.scale * log2_e;
         work.cap_factor = tile.softcap * log2_e;
         const std::size_t units = tile.qk_dim / Simd::per_unit;
-        for (std::size_t row = 0; row < rows; ++row) {
-            const auto token = static_cast<std::ptrdiff_t>(row / tile.group);
-            const auto head = static_cast<std::ptrdiff_t>(row % tile.group);
-            Simd::read_units(tile.query + token * tile.query_token + head * tile.query_head,
-                             units, work.query + row * units);
-            const std::size_t position = tile.first_position + row / tile.group;
+        for (std::size_t row = 0; row < tile.rows(); ++row) {
+            const Place place = place_of(tile, row);
+            Simd::read_units(
+                tile.query + place.token * tile.query_token + place.head * tile.query_head, units,
+                work.query + row * units);
+            const std::size_t position = tile.first_position + place.position;
             const std::size_t low = position > tile.window ? position - tile.window : 0;
             work.low[row] = static_cast<std::uint32_t>(tile.causal ? low : 0);
             work.high[row] = static_cast<std::uint32_t>(tile.causal ? position + 1 : tile.length);
@@ -372,7 +406,7 @@ struct Kernel {
 
     static void forget(const Tile &tile, float *states) {
         const std::size_t floats = state_floats(tile.v_dim);
-        for (std::size_t row = 0; row < tile.positions * tile.group; ++row) {
+        for (std::size_t row = 0; row < tile.rows(); ++row) {
             float *state = states + row * floats;
             for (std::size_t i = 0; i < floats; ++i) state[i] = 0.0f;
             peak_of(state, tile) = nothing_seen;
@@ -382,8 +416,8 @@ struct Kernel {
     static void attend(const Tile &tile, KeyRange keys, void *scratch, float *states) {
         Work work;
         prepare(tile, work, scratch);
-        const std::size_t rows = tile.positions * tile.group;
-        const KeyRange real{most(keys.begin, work.low[0]), least(keys.end, work.high[rows - 1])};
+        const KeyRange real{most(keys.begin, work.low[0]),
+                            least(keys.end, work.high[tile.rows() - 1])};
         forget(tile, states);
         float *now = states;
         for (std::size_t begin = real.begin / block_keys * block_keys; begin < real.end;
@@ -393,16 +427,19 @@ struct Kernel {
                 now = work.states;
                 forget(tile, now);
             }
-            pack(tile, work, begin, {real.begin, least(real.end, begin + block_keys)});
-            const std::size_t next = least(real.end, begin + block_keys);
-            visit(tile, work, begin, {next, least(real.end, next + block_keys)}, now);
+            const std::size_t end = least(real.end, begin + block_keys);
+            Ahead ahead(tile, {end, least(real.end, end + block_keys)}, steps_of_block(tile));
+            for (std::size_t head = 0; head < tile.heads; ++head) {
+                pack(tile, work, head, begin, {real.begin, end}, ahead);
+                visit(tile, work, head, begin, ahead, now);
+            }
         }
         if (now != states) fold(tile, states, now);
     }
 
     static void fold(const Tile &tile, float *states, const float *later) {
         const std::size_t floats = state_floats(tile.v_dim);
-        for (std::size_t row = 0; row < tile.positions * tile.group; ++row) {
+        for (std::size_t row = 0; row < tile.rows(); ++row) {
             float *a = states + row * floats;
             const float *b = later + row * floats;
             const float peak_a = peak_of(a, tile), peak_b = b[tile.v_dim + lanes];
@@ -420,18 +457,18 @@ struct Kernel {
 
     static void finish(const Tile &tile, const float *states) {
         const std::size_t floats = state_floats(tile.v_dim);
-        for (std::size_t row = 0; row < tile.positions * tile.group; ++row) {
+        for (std::size_t row = 0; row < tile.rows(); ++row) {
             const float *state = states + row * floats;
-            const auto token = static_cast<std::ptrdiff_t>(row / tile.group);
-            const auto head = static_cast<std::ptrdiff_t>(row % tile.group);
+            const Place place = place_of(tile, row);
             const float sum = Simd::total(Simd::load(state + tile.v_dim));
             const Vec share = Simd::set1(sum == 0.0f ? 0.0f : 1.0f / sum);
-            std::uint8_t *to = tile.out + token * tile.out_token + head * tile.out_head;
+            std::uint8_t *to =
+                tile.out + place.token * tile.out_token + place.head * tile.out_head;
             for (std::size_t i = 0; i < tile.v_dim; i += lanes) {
                 to = Simd::write(to, Simd::mul(Simd::load(state + i), share));
             }
             if (tile.lse != nullptr) {
-                float *lse = tile.lse + token * tile.lse_token + head * tile.lse_head;
+                float *lse = tile.lse + place.token * tile.lse_token + place.head;
                 *lse = sum == 0.0f ? -__builtin_inff()
                                    : state[tile.v_dim + lanes] * ln_2 + __builtin_logf(sum);
             }

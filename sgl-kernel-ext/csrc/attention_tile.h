@@ -20,25 +20,29 @@ constexpr std::size_t most_tile_rows = 192;
 constexpr std::size_t most_head_dim = 512;
 constexpr std::size_t most_group = 192;
 
-// Rows of one tile: `positions` consecutive tokens of a request, each with the `group` query heads that
-// share a K/V head, in this order. All strides are in bytes.
+// `positions` consecutive tokens of a request with `heads` consecutive K/V heads and, for each of these,
+// the `group` query heads that share it. Rows are numbered in the order (head, position, query head).
+// Strides are in bytes, those of `lse` in floats.
 struct Tile {
-    const std::uint8_t *query;  // first token, first head of the group
+    const std::uint8_t *query;  // first token, first query head
     std::ptrdiff_t query_token, query_head;
-    const std::uint8_t *key, *value;  // slot 0, this K/V head
-    std::ptrdiff_t key_slot, value_slot;
+    const std::uint8_t *key, *value;  // slot 0, first K/V head
+    std::ptrdiff_t key_slot, key_head, value_slot, value_head;
     const std::int32_t *slots;  // of the request, by position
     std::uint8_t *out;          // as query
     std::ptrdiff_t out_token, out_head;
-    float *lse;  // null where it is not wanted; fp32
-    std::ptrdiff_t lse_token, lse_head;
-    std::size_t positions, group;
+    float *lse;  // null where it is not wanted
+    std::ptrdiff_t lse_token;
+    std::size_t positions, heads, group;
     std::size_t first_position;  // of the first token, in the sequence
     std::size_t length;          // of the sequence
     std::size_t window;          // keys before its own that a row sees
     bool causal;                 // else every row sees the whole sequence, and there is no window
     std::size_t qk_dim, v_dim;
     float scale, softcap;  // softcap 0: none
+
+    std::size_t rows_of_head() const { return positions * group; }
+    std::size_t rows() const { return heads * positions * group; }
 };
 
 // Half-open range of keys, both ends multiples of `segment_keys` or the sequence's own ends.

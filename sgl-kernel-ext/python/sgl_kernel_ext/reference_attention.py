@@ -165,7 +165,7 @@ class Attention:
         start = 0
         for slots, new in zip(plan.slots, plan.new, strict=True):
             stop = start + new
-            got, sums = self._attended(queries[start:stop], slots, keys, values)
+            got, sums = self.attended(queries[start:stop], slots, keys, values)
             outs[start:stop] = from_floats(got, shape.dtype)
             if lse:
                 lses[start:stop] = sums
@@ -198,7 +198,7 @@ class Attention:
             if len(slots) and (slots.min() < 0 or slots.max() >= self.geometry.slots):
                 raise IndexError(f"a slot is not in 0..{self.geometry.slots} - 1")
 
-    def _attended(
+    def attended(
         self, query: Stored, slots: NDArray[np.int64], keys: Stored, values: Stored
     ) -> tuple[Floats, Floats]:
         shape = self.geometry
