@@ -40,6 +40,11 @@ class MemServeCpuPlatform(CpuDeviceMixin, SRTPlatform):
         attention.register()
         hooks.in_worker()
 
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        from . import cpu_engine
+
+        cpu_engine.install(model)
+
     def get_default_attention_backend(self) -> str:
         return ATTENTION_BACKEND
 

@@ -1,0 +1,123 @@
+"""The servers that are compared: each a real process, bound to the same cores, asked the same way.
+
+All speak ``/v1/completions`` with token ids and streams, so that one client measures all of them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import requests
+from sglang_memserve.cluster.machine import free_ports
+from sglang_memserve.cluster.process import Command, GuardedProcess
+
+START_LIMIT_S = 420.0
+MODEL_NAME = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """How to start one: ``argv`` without the port, which is added as ``--port N``."""
+
+    name: str
+    argv: tuple[str, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    name: str
+    url: str
+
+
+def memserve(model: Path, threads: int, name: str = "memserve") -> Contender:
+    """This project's engine: its platform, attention and native operations; no pool, no router."""
+    return Contender(name, _sglang(model, threads))
+
+
+def stock(model: Path, threads: int) -> Contender:
+    """SGLang as it runs on this platform without anything of ours that computes."""
+    return Contender(
+        "stock",
+        (*_sglang(model, threads), "--attention-backend", "torch_native"),
+        {"MEMSERVE_NATIVE": "0"},
+    )
+
+
+def _sglang(model: Path, threads: int) -> tuple[str, ...]:
+    return (
+        *(sys.executable, "-m", "sglang_memserve.launch_server", "--model-path", str(model)),
+        *("--served-model-name", MODEL_NAME, "--no-mempool", "--cpu-threads", str(threads)),
+        *("--max-total-tokens", "60000"),
+    )
+
+
+def vllm(python: Path, model: Path, cores: Sequence[int]) -> Contender:
+    """vLLM's CPU build in the environment of ``python``, with the caching it has by default."""
+    return Contender(
+        "vllm",
+        (
+            *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
+            *("--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--dtype", "bfloat16"),
+            *("--max-model-len", "8192"),
+        ),
+        {
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+            "VLLM_NO_USAGE_STATS": "1",
+        },
+    )
+
+
+@contextmanager
+def running(
+    contenders: Sequence[Contender], cores: Sequence[int], folder: Path
+) -> Iterator[list[Running]]:
+    """All of them at once, started one after the other, each bound to ``cores``."""
+    from integration.harness import process_environment
+
+    with ExitStack() as stack:
+        environment = stack.enter_context(process_environment())
+        servers = []
+        for contender in contenders:
+            (port,) = free_ports(1, taken=set())
+            argv = ("taskset", "-c", ",".join(map(str, cores)), *contender.argv)
+            command = Command(
+                contender.name,
+                (*argv, "--port", str(port)),
+                {**environment, **contender.environment},
+                folder / f"{contender.name}.log",
+            )
+            process = stack.enter_context(GuardedProcess(command))
+            url = f"http://127.0.0.1:{port}"
+            _await_health(process, url)
+            servers.append(Running(contender.name, url))
+        yield servers
+
+
+def _await_health(process: GuardedProcess, url: str) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while True:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(f"{process.name} did not start:\n{process.log_tail(30)}")
+        try:
+            if requests.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        except requests.RequestException:
+            pass  # not listening yet
+        time.sleep(0.5)
+
+
+def version_of(python: Path, package: str) -> str:
+    """The version of ``package`` in another environment."""
+    code = f"import importlib.metadata as m; print(m.version({package!r}))"
+    done = subprocess.run(
+        [str(python), "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout.strip()
