@@ -35,9 +35,10 @@ class MemServeCpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def init_backend(self) -> None:
         # Runs in schedulers while SGLang imports its model runner.
-        from . import attention, hooks
+        from . import attention, cpu_engine, hooks
 
         attention.register()
+        cpu_engine.register(self.get_dispatch_key_name())
         hooks.in_worker()
 
     def post_load_model(self, model: torch.nn.Module) -> None:

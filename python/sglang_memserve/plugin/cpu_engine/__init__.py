@@ -1,10 +1,13 @@
 """The model's own operations on a CPU, native where ``sgl-kernel-ext`` is built.
 
-``install`` is called with each model that a scheduler on the CPU platform has loaded. What it does
-not know it leaves to SGLang; without native code it does nothing.
+``register`` is called before a scheduler on the CPU platform builds a model, ``install`` with each
+model that is loaded. What they do not know they leave to SGLang; without native code they do
+nothing.
 
     dtypes     element types, torch's and ours
     linears    products of few rows, the head included
+    fused_ops  norms, rotary embedding, gated activations
+    few_rows   a whole forward of few rows, without SGLang's layers between the ops
 """
 
 from __future__ import annotations
@@ -14,9 +17,15 @@ import logging
 import torch
 
 from ... import kernels
-from . import linears
+from . import fused_ops, linears
 
 log = logging.getLogger(__name__)
+
+
+def register(platform_key: str) -> None:
+    """``platform_key``: what our platform's ``get_dispatch_key_name`` says."""
+    if kernels.native() is not None:
+        fused_ops.register(platform_key)
 
 
 def install(model: torch.nn.Module) -> None:
@@ -24,5 +33,13 @@ def install(model: torch.nn.Module) -> None:
     native = kernels.native()
     if native is None:
         return
+    # Needs SGLang's models, which need its model runner.
+    from . import few_rows
+
     count = linears.install(model, native)
-    log.info("native operations: %d linear layers", count)
+    problem = few_rows.install(model, native)
+    log.info(
+        "native operations: %d linear layers; few rows go %s",
+        count,
+        "straight through" if problem is None else f"layer by layer ({problem})",
+    )

@@ -1,0 +1,283 @@
+"""A whole forward of few rows through a llama-class model, without SGLang's layers between the ops.
+
+Decoding is bound by reading the weights, 8 ms a token for a model of 270 MB; walking 30 layers of
+modules in Python costs another 4. Up to ``MOST_ROWS`` rows therefore take the way below: the same
+native ops in the same order on buffers that all layers share, so that the results are those of the
+way through SGLang's layers, bit for bit. Everything else takes SGLang's own way: more rows,
+adapters, captured hidden states, several ranks, embeddings as input, a quantised or otherwise
+changed layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.activation import SiluAndMul
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_context import get_attn_backend
+from sglang.srt.models.llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP, LlamaModel
+from sglang.srt.models.qwen2 import (
+    Qwen2Attention,
+    Qwen2DecoderLayer,
+    Qwen2MLP,
+    Qwen2Model,
+)
+
+from ..attention import MemServeCpuAttention
+from .dtypes import dtype_of
+from .fused_ops import prepared_norm, prepared_rotary
+from .linears import MOST_ROWS, ThinLinearMethod
+
+if TYPE_CHECKING:
+    from sgl_kernel_ext.engine import RmsNorm, Rotary, ThinLinear
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from ...kernels import Native
+
+log = logging.getLogger(__name__)
+
+# Layers of these classes are alike in what they compute.
+_KINDS = {
+    LlamaModel: (LlamaDecoderLayer, LlamaAttention, LlamaMLP),
+    Qwen2Model: (Qwen2DecoderLayer, Qwen2Attention, Qwen2MLP),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """The prepared ops of one layer, in the order in which they run."""
+
+    norm: RmsNorm
+    qkv: ThinLinear
+    rotary: Rotary
+    attention: Any
+    output: ThinLinear
+    second_norm: RmsNorm
+    gate_up: ThinLinear
+    down: ThinLinear
+
+
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    hidden: int
+    queries: int
+    keys: int
+    values: int
+    inner: int
+
+
+def install(model: torch.nn.Module, native: Native) -> str | None:
+    """Let few rows take the short way through ``model``; the reason why not, where they cannot."""
+    body: Any = getattr(model, "model", None)
+    problem = _problem(body)
+    if problem is None:
+        body.forward = FewRows(body, native)
+    return problem
+
+
+def _problem(body: Any) -> str | None:
+    """Why the layers of ``body`` are not such as ``FewRows`` knows."""
+    if type(body) not in _KINDS:
+        return f"{type(body).__name__} is none of {', '.join(kind.__name__ for kind in _KINDS)}"
+    if not (body.pp_group.is_first_rank and body.pp_group.is_last_rank):
+        return "the model is spread over pipeline ranks"
+    if not len(body.layers):
+        return "the model has no layers"
+    if not _is(body.embed_tokens, VocabParallelEmbedding) or not _is(body.norm, RMSNorm):
+        return "its embedding or last norm is of another kind"
+    for layer in body.layers:
+        problem = _problem_of_layer(layer, _KINDS[type(body)])
+        if problem is not None:
+            return problem
+    return None
+
+
+def _problem_of_layer(layer: Any, kinds: tuple[type, type, type]) -> str | None:
+    layer_kind, attention_kind, mlp_kind = kinds
+    if not _is(layer, layer_kind):
+        return f"a layer is a {type(layer).__name__}"
+    attention, mlp = layer.self_attn, layer.mlp
+    if not _is(attention, attention_kind) or not _is(mlp, mlp_kind):
+        return "a layer's attention or MLP is of another kind"
+    if not _is(mlp.act_fn, SiluAndMul):
+        return f"its activation is {type(mlp.act_fn).__name__}"
+    for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+        if not _is(linear.quant_method, ThinLinearMethod):
+            return f"a linear layer is computed by {type(linear.quant_method).__name__}"
+        if getattr(linear, "tp_size", 1) != 1:
+            return "the model is spread over tensor-parallel ranks"
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        if not _is(norm, RMSNorm):
+            return f"a norm is a {type(norm).__name__}"
+    return None
+
+
+def _is(thing: object, kind: type) -> bool:
+    # Not a subclass of it: that may compute something else.
+    return type(thing) is kind
+
+
+class FewRows:
+    """Takes the place of a model body's ``forward``."""
+
+    def __init__(self, body: Any, native: Native) -> None:
+        self._body, self._native = body, native
+        self._long_way: Callable[..., Any] = body.forward
+        self._original = self._parts()
+        self._layers: list[_Layer] = []
+        self._last_norm: RmsNorm | None = None
+        self._where: tuple[int, ...] = ()
+        attention = body.layers[0].self_attn
+        self._sizes = _Sizes(
+            hidden=body.embed_tokens.weight.shape[1],
+            queries=attention.q_size,
+            keys=attention.kv_size,
+            values=attention.kv_size,
+            inner=body.layers[0].mlp.down_proj.weight.shape[1],
+        )
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor | None = None,
+        pp_proxy_tensors: Any = None,
+    ) -> Any:
+        """``[rows, hidden]``, normed: what SGLang's forward of the body returns."""
+        ids_alone = input_embeds is None and pp_proxy_tensors is None
+        if ids_alone and self._takes(input_ids, positions, forward_batch):
+            return self._forward(input_ids, positions, forward_batch)
+        return self._long_way(
+            input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors=pp_proxy_tensors
+        )
+
+    def _takes(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+    ) -> bool:
+        return (
+            0 < len(input_ids) <= MOST_ROWS
+            and forward_batch.forward_mode in (ForwardMode.DECODE, ForwardMode.EXTEND)
+            and forward_batch.spec_info is None
+            and positions.dim() == 1
+            and positions.dtype == torch.int64
+            and positions.is_contiguous()
+            and len(positions) == len(input_ids)
+            and not self._body.layers_to_capture
+            and isinstance(get_attn_backend(), MemServeCpuAttention)
+            and self._parts() == self._original
+            and self._prepare()
+        )
+
+    def _parts(self) -> tuple[int, ...]:
+        """What adapters replace in every layer alike, by identity, and whether anyone listens."""
+        layer = self._body.layers[0]
+        parts = (
+            layer,
+            layer.self_attn,
+            layer.self_attn.qkv_proj,
+            layer.self_attn.o_proj,
+            layer.mlp,
+            layer.mlp.gate_up_proj,
+            layer.mlp.down_proj,
+            self._body.embed_tokens,
+        )
+        hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
+        return (*map(id, parts), hooks)
+
+    def _prepare(self) -> bool:
+        """Whether all layers can be computed; prepared anew when weights have moved."""
+        body = self._body
+        where = tuple(
+            tensor.data_ptr()
+            for layer in body.layers
+            for tensor in (
+                layer.input_layernorm.weight,
+                layer.self_attn.qkv_proj.weight,
+                layer.self_attn.rotary_emb.cos_sin_cache,
+                layer.self_attn.o_proj.weight,
+                layer.post_attention_layernorm.weight,
+                layer.mlp.gate_up_proj.weight,
+                layer.mlp.down_proj.weight,
+            )
+        )
+        if where != self._where:
+            self._where = where
+            self._layers, self._last_norm = [], prepared_norm(body.norm, self._dtype)
+            layers = [self._prepared(layer) for layer in body.layers]
+            if self._last_norm is not None and None not in layers:
+                self._layers = [layer for layer in layers if layer is not None]
+        return bool(self._layers)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self._body.embed_tokens.weight.dtype
+        return dtype
+
+    def _prepared(self, layer: Any) -> _Layer | None:
+        attention, mlp = layer.self_attn, layer.mlp
+        sizes = self._sizes
+        linears = [
+            linear.quant_method.thin.of(linear.weight, linear.bias)
+            for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        ]
+        norms = [
+            prepared_norm(norm, self._dtype)
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+        ]
+        rotary = prepared_rotary(attention.rotary_emb, sizes.queries, sizes.keys, self._dtype)
+        if rotary is None or None in linears or None in norms:
+            return None
+        qkv, output, gate_up, down = (linear for linear in linears if linear is not None)
+        norm, second_norm = (norm for norm in norms if norm is not None)
+        return _Layer(norm, qkv, rotary, attention.attn, output, second_norm, gate_up, down)
+
+    def _forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
+        sizes, rows, threads = self._sizes, len(input_ids), torch.get_num_threads()
+        backend, silu = get_attn_backend(), self._native.Activation.SILU
+        residual = self._body.embed_tokens(input_ids)
+        dtype = dtype_of(residual)
+        assert dtype is not None
+        hidden, inner = sizes.hidden, sizes.inner
+        width = sizes.queries + sizes.keys + sizes.values
+        x, y = residual.new_empty(rows, hidden), residual.new_empty(rows, hidden)
+        qkv = residual.new_empty(rows, width)
+        gated, acted = residual.new_empty(rows, 2 * inner), residual.new_empty(rows, inner)
+        q, k, v = qkv.split([sizes.queries, sizes.keys, sizes.values], dim=-1)
+        at_residual, at_x, at_y = residual.data_ptr(), x.data_ptr(), y.data_ptr()
+        at_qkv, at_k, at_positions = qkv.data_ptr(), k.data_ptr(), positions.data_ptr()
+        at_gated, at_acted = gated.data_ptr(), acted.data_ptr()
+        first = True
+        for layer in self._layers:
+            if first:
+                layer.norm.apply(at_residual, hidden, at_x, hidden, rows, threads)
+                first = False
+            else:
+                layer.norm.add_and_apply(
+                    at_y, hidden, at_residual, hidden, at_x, hidden, rows, threads
+                )
+            layer.qkv.apply(at_x, rows, hidden, at_qkv, width, threads)
+            layer.rotary.apply(at_positions, rows, at_qkv, width, at_k, width, threads)
+            attended = backend.forward(q, k, v, layer.attention, forward_batch)
+            layer.output.apply(attended.data_ptr(), rows, sizes.queries, at_y, hidden, threads)
+            layer.second_norm.add_and_apply(
+                at_y, hidden, at_residual, hidden, at_x, hidden, rows, threads
+            )
+            layer.gate_up.apply(at_x, rows, hidden, at_gated, 2 * inner, threads)
+            self._native.gate(
+                at_gated, 2 * inner, at_acted, inner, rows, inner, dtype, silu, threads
+            )
+            layer.down.apply(at_acted, rows, inner, at_y, hidden, threads)
+        assert self._last_norm is not None
+        self._last_norm.add_and_apply(
+            at_y, hidden, at_residual, hidden, at_x, hidden, rows, threads
+        )
+        return x
