@@ -42,7 +42,7 @@ def test_parameters(name: str) -> None:
 
 def used() -> Iterator[tuple[str, str]]:
     """(file name, dotted name) of everything the plugin takes from SGLang."""
-    for file in sorted(PLUGIN.glob("*.py")):
+    for file in sorted(PLUGIN.rglob("*.py")):
         if file.name == "compat.py":
             continue
         for node in ast.walk(ast.parse(file.read_text())):

@@ -38,7 +38,7 @@ class Thin:
     def __init__(self, native: Native) -> None:
         self._native = native
         self._prepared: ThinLinear | None = None
-        self._of: tuple[int, int] = (0, 0)
+        self._of: tuple[int, int, tuple[int, ...]] = (0, 0, ())
 
     def apply(
         self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None
@@ -47,7 +47,7 @@ class Thin:
         if x.dim() != 2 or not 0 < x.shape[0] <= MOST_ROWS or x.stride(1) != 1:
             return None
         prepared = self.of(weight, bias)
-        if prepared is None or x.dtype != weight.dtype:
+        if prepared is None or x.dtype != weight.dtype or x.shape[1] != weight.shape[1]:
             return None
         rows = x.shape[0]
         out = x.new_empty(rows, weight.shape[0])
@@ -63,7 +63,7 @@ class Thin:
 
     def of(self, weight: torch.Tensor, bias: torch.Tensor | None) -> ThinLinear | None:
         """None where the weights are not such as we read."""
-        where = (weight.data_ptr(), 0 if bias is None else bias.data_ptr())
+        where = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.stride())
         if self._of != where:
             self._prepared = self._prepare(weight, bias)
             self._of = where
