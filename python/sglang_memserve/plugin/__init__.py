@@ -3,6 +3,7 @@
 ``compat``      every SGLang symbol touched, and the version they were taken from
 ``platform``    the CPU platform
 ``attention``   the CPU attention backend
+``cpu_engine``  the other operations of a model on a CPU
 ``hooks``       the few functions of SGLang that are wrapped
 ``flags``       what we read of SGLang's flags, refuse and add
 ``boot``        SGLang's server started with MemServe on it
