@@ -11,7 +11,7 @@ changed layer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,26 @@ class _Layer:
     second_norm: RmsNorm
     gate_up: ThinLinear
     down: ThinLinear
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A module's tensor whose memory has been handed to an op, by its place in the module: asking
+    modules for their attributes 200 times a token would take longer than a layer."""
+
+    tensors: Mapping[str, torch.Tensor | None]
+    name: str
+    tensor: torch.Tensor
+    address: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor | None], name: str) -> _Held:
+        tensor = tensors[name]
+        assert tensor is not None, name
+        return cls(tensors, name, tensor, tensor.data_ptr())
+
+    def is_as_it_was(self) -> bool:
+        return self.tensors.get(self.name) is self.tensor and self.tensor.data_ptr() == self.address
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +138,22 @@ def _problem_of_layer(layer: Any, kinds: tuple[type, type, type]) -> str | None:
     return None
 
 
+def _tensors_of(layer: Any) -> Iterator[tuple[Mapping[str, torch.Tensor | None], str]]:
+    attention, mlp = layer.self_attn, layer.mlp
+    yield attention.rotary_emb._buffers, "cos_sin_cache"
+    for module in (
+        layer.input_layernorm,
+        attention.qkv_proj,
+        attention.o_proj,
+        layer.post_attention_layernorm,
+        mlp.gate_up_proj,
+        mlp.down_proj,
+    ):
+        yield module._parameters, "weight"
+        if module._parameters.get("bias") is not None:
+            yield module._parameters, "bias"
+
+
 def _is(thing: object, kind: type) -> bool:
     # Not a subclass of it: that may compute something else.
     return type(thing) is kind
@@ -132,7 +168,8 @@ class FewRows:
         self._original = self._parts()
         self._layers: list[_Layer] = []
         self._last_norm: RmsNorm | None = None
-        self._where: tuple[int, ...] = ()
+        # One that has moved, so that the first forward prepares.
+        self._held = [_Held({}, "", body.norm.weight, 0)]
         attention = body.layers[0].self_attn
         self._sizes = _Sizes(
             hidden=body.embed_tokens.weight.shape[1],
@@ -193,22 +230,13 @@ class FewRows:
 
     def _prepare(self) -> bool:
         """Whether all layers can be computed; prepared anew when weights have moved."""
-        body = self._body
-        where = tuple(
-            tensor.data_ptr()
-            for layer in body.layers
-            for tensor in (
-                layer.input_layernorm.weight,
-                layer.self_attn.qkv_proj.weight,
-                layer.self_attn.rotary_emb.cos_sin_cache,
-                layer.self_attn.o_proj.weight,
-                layer.post_attention_layernorm.weight,
-                layer.mlp.gate_up_proj.weight,
-                layer.mlp.down_proj.weight,
-            )
-        )
-        if where != self._where:
-            self._where = where
+        if not all(held.is_as_it_was() for held in self._held):
+            body = self._body
+            self._held = [
+                _Held.of(tensors, name)
+                for layer in body.layers
+                for tensors, name in _tensors_of(layer)
+            ] + [_Held.of(body.norm._parameters, "weight")]
             self._layers, self._last_norm = [], prepared_norm(body.norm, self._dtype)
             layers = [self._prepared(layer) for layer in body.layers]
             if self._last_norm is not None and None not in layers:
