@@ -34,6 +34,7 @@ BENCHMARKS = (
     ("micro/kernels.py", "micro-kernels.json"),
     ("micro/engine_ops.py", "micro-engine-ops.json"),
     ("micro/attention.py", "micro-attention.json"),
+    ("micro/engine_layers.py", "micro-engine-layers.json"),
     ("micro/pool.py", "micro-pool.json"),
     # With --trace it also replays a recorded trace: micro-eviction.json.
     ("micro/eviction.py", "micro-eviction-synthetic.json"),
