@@ -135,7 +135,9 @@ async def _assemble(
     connector = aiohttp.TCPConnector(ssl=trusted or True)
     session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
     tree, metrics, costs, rotation = merged_tree(), Metrics(), CostModel(), Rotation()
-    policy = make_policy(config.policy, rotation, costs, config.bypass_tokens)
+    policy = make_policy(
+        config.policy, rotation, costs, config.bypass_tokens, deadlines.most_wait_s
+    )
     feed = Feed(tree, session, clock=time.monotonic, wall_clock=time.time, headers=key)
     stack.push_async_callback(feed.close)
     bookings = Bookings(time.monotonic, costs)

@@ -36,3 +36,17 @@ class StepDeadlines:
     least_grace_s: float = 0.5
     most_fetch_s: float = InstanceLimits().fetch_deadline_s
     hold_s: float = 300.0
+
+    @property
+    def most_existing_s(self) -> float:
+        """For a fetch of pages that exist, and for the wait before it for those that are coming."""
+        return min(self.fetch_s, 0.5 * self.most_fetch_s)
+
+    @property
+    def most_wait_s(self) -> float:
+        """Pages that are predicted to come later are not worth a fetch: ``wait_s`` is cut short."""
+        return 0.5 * self.most_existing_s
+
+    def wait_s(self, predicted_s: float) -> float:
+        """How long to wait for pages that are predicted to come so soon: generously."""
+        return min(2 * predicted_s + self.least_grace_s, self.most_existing_s)

@@ -11,11 +11,12 @@
 is on the move; pages are fetched first only where that is predicted to be clearly cheaper than
 computing them. Pages that are still being computed somewhere count from when they are there, so
 requests with one new prefix gather where it is being computed until the queue there costs more than
-computing it again. ``delay`` is what a prefill costs the streams it interrupts: its seconds, for
-each stream, weighted, and a little for whatever comes after it. A decode instance is reckoned to
-have one stream at least: it is there for streams, and another may begin at any moment. That makes
-an idle decode instance compute short rests itself and leave long ones to the prefill instances.
-``room`` is what running out of KV slots costs: a stream that is put out computes its prompt again.
+computing it again; from elsewhere they are fetched only if a fetch would wait for so long.
+``delay`` is what a prefill costs the streams it interrupts: its seconds, for each stream, weighted,
+and a little for whatever comes after it. A decode instance is reckoned to have one stream at least:
+it is there for streams, and another may begin at any moment. That makes an idle decode instance
+compute short rests itself and leave long ones to the prefill instances. ``room`` is what running
+out of KV slots costs: a stream that is put out computes its prompt again.
 
 All pairs are weighed where there are few; of many instances the ``SHORTLIST`` with the least time
 of their own on each side.
@@ -66,6 +67,8 @@ TIE_S = 0.0005
 LEAST_WAIT_S = 0.001
 SHORTLIST = 6
 SOURCES = 4
+# Of ``http.limits.StepDeadlines`` with its defaults.
+MOST_WAIT_S = 5.0
 
 _T = TypeVar("_T")
 
@@ -132,6 +135,7 @@ class Cost:
     rotation: Rotation
     bypass_tokens: int | None
     costs: CostModel
+    most_wait_s: float = MOST_WAIT_S
 
     def decide(self, prompt: Prompt, views: Sequence[InstanceView]) -> Plan:
         """See ``base.Policy``. ``terms`` are seconds; ``total`` includes the delays of others."""
@@ -186,7 +190,7 @@ class Cost:
         holders = [
             view
             for view in views
-            if view.can_fetch and (view.match.movable_pages or view.coming_pages)
+            if view.can_fetch and (view.match.movable_pages or self._in_time(view))
         ]
         if len(holders) <= SOURCES:
             return holders
@@ -194,8 +198,8 @@ class Cost:
         ranked = sorted(
             rotated(holders, self.rotation.turn),
             key=lambda view: (
-                -min(max(view.match.movable_pages, view.coming_pages), whole),
-                view.coming_s if view.coming_pages else 0.0,
+                -min(max(view.match.movable_pages, self._in_time(view)), whole),
+                view.coming_s if self._in_time(view) else 0.0,
             ),
         )
         return ranked[:SOURCES]
@@ -207,11 +211,16 @@ class Cost:
             now = min(view.match.movable_pages, whole)
             if now:
                 offers.append(_Offer(view.id, now, 0.0, *_rest(prompt, now)))
-            coming = min(view.coming_pages, whole)
+            coming = min(self._in_time(view), whole)
             if coming > now:
                 wait_s = max(view.coming_s, LEAST_WAIT_S)
                 offers.append(_Offer(view.id, coming, wait_s, *_rest(prompt, coming)))
         return sorted(offers, key=lambda offer: -offer.pages)
+
+    def _in_time(self, view: InstanceView) -> int:
+        """Pages that come soon enough for a fetch: one that ends before has moved nothing, and all
+        would be computed."""
+        return view.coming_pages if view.coming_s <= self.most_wait_s else 0
 
     def _site(
         self, prompt: Prompt, whole: int, view: InstanceView, offers: Sequence[_Offer]

@@ -126,10 +126,10 @@ class Steps:
         """``plan``: says how long pages that are still being computed may take to come."""
         missing = _missing(keyed, holdings, target)
         deadlines = self._deadlines
-        limit_s = min(deadlines.fetch_s, 0.5 * deadlines.most_fetch_s)
+        limit_s = deadlines.most_existing_s
         wait_s, pages = 0.0, None
         if plan is not None and plan.wait_s > 0:
-            wait_s, pages = min(2 * plan.wait_s + deadlines.least_grace_s, limit_s), plan.held_pages
+            wait_s, pages = deadlines.wait_s(plan.wait_s), plan.held_pages
         beside = self._beside_bytes(source, target, keyed)
         answers = await asyncio.gather(
             *(

@@ -83,7 +83,9 @@ class Fleet:
             raise ConfigError(
                 f"unknown policy {self.terms.policy!r}: choose one of {', '.join(NAMES)}"
             )
-        return make_policy(self.terms.policy, self.rotation, self.costs, self.terms.bypass_tokens)
+        most_wait_s = self.deadlines.most_wait_s
+        bypass_tokens = self.terms.bypass_tokens
+        return make_policy(self.terms.policy, self.rotation, self.costs, bypass_tokens, most_wait_s)
 
     def _join(self, id: InstanceId, role: Role) -> None:
         given = self.terms.dram_bytes

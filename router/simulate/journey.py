@@ -30,9 +30,6 @@ if TYPE_CHECKING:
 
 _Then = Callable[[Fetched], None]
 
-# ``request.steps`` gives a fetch that waits for pages half of what an instance allows.
-_SHARE = 0.5
-
 
 class Journey:
     """Ends by itself: every wait in it has a deadline, and instances serve what they accept."""
@@ -95,11 +92,11 @@ class Journey:
     ) -> None:
         """``plan``: says how long its pages may take to come."""
         fleet, deadlines = self._fleet, self._fleet.deadlines
-        limit_s = min(deadlines.fetch_s, _SHARE * deadlines.most_fetch_s)
+        limit_s = deadlines.most_existing_s
         one, two = fleet.sites[source], fleet.sites[target]
         keys, wait_s = self._keys, 0.0
         if plan is not None and plan.wait_s > 0:
-            wait_s = min(2 * plan.wait_s + deadlines.least_grace_s, limit_s)
+            wait_s = deadlines.wait_s(plan.wait_s)
             keys = keys[: plan.held_pages]
         until = fleet.agenda.now + wait_s
         size = self._keyed.pages * fleet.costs.page_bytes

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 from sglang_memserve.errors import ConfigError, NoInstance
 from sglang_memserve.router.cost.learned import CostModel
+from sglang_memserve.router.http.limits import StepDeadlines
 from sglang_memserve.router.policy.base import Rotation
+from sglang_memserve.router.policy.cost import MOST_WAIT_S
 from sglang_memserve.router.policy.registry import POLICIES, make_policy
 from sglang_memserve.router.values import InstanceView, Match, Moves, Plan, Prompt, restrain
 from sglang_memserve.types import Generation, InstanceId, Role
@@ -128,6 +130,26 @@ def test_cost_weighs_a_match_against_a_queue() -> None:
     plan = decide("cost", LONG, holder, B2)
     assert (plan.decode, plan.decode_source) == (B2.id, B.id)
     assert decide("cost", LONG, replace(holder, queue_s=0.0), B2).decode == B.id
+
+
+def test_cost_waits_for_pages_no_longer_than_a_fetch_does() -> None:
+    busy = replace(B, queue_s=60.0)
+    soon = replace(busy, coming_pages=94, coming_s=0.8)
+    plan = decide("cost", LONG, soon, B2)
+    assert (plan.decode, plan.decode_source, plan.wait_s) == (B2.id, B.id, 0.8)
+    # Behind a queue: who fetched them would give up, and compute them after all.
+    late = replace(busy, coming_pages=94, coming_s=20.0)
+    hurried = replace(B2, queue_s=19.0)
+    plan = decide("cost", LONG, late, hurried)
+    assert (plan.decode, plan.decode_source, plan.held_pages) == (B2.id, None, 0)
+    patient = make_policy("cost", Rotation(), CostModel(), most_wait_s=30.0)
+    assert patient.decide(LONG, [late, hurried]).decode_source == B.id
+
+
+def test_a_fetch_waits_for_what_the_policy_counts_on() -> None:
+    for deadlines in (StepDeadlines(), StepDeadlines(fetch_s=2.0), StepDeadlines(most_fetch_s=1.0)):
+        assert deadlines.wait_s(deadlines.most_wait_s) >= deadlines.most_wait_s
+    assert StepDeadlines().most_wait_s == MOST_WAIT_S
 
 
 def test_cost_moves_only_what_is_slow_to_compute() -> None:
