@@ -12,6 +12,16 @@ from collections.abc import Callable, Sequence
 
 from benchmark.results import Run, load, merged
 
+
+def not_computed(run: Run) -> float:
+    """Share of prompt tokens. With separate roles the answer's own figure is decode's and counts
+    what prefill has just computed; so it is the router's, where that knows."""
+    router = run.get("router", {})
+    if run.get("dram_mib") and router.get("prompt_tokens"):
+        return float(router["cached_tokens"] / router["prompt_tokens"])
+    return float(run["cached_share"])
+
+
 _COLUMNS: tuple[tuple[str, Callable[[Run], float], str], ...] = (
     ("TTFT mean, s", lambda run: run["ttft_ms"]["mean"] / 1e3, ".2f"),
     ("P50", lambda run: run["ttft_ms"]["p50"] / 1e3, ".2f"),
@@ -23,8 +33,9 @@ _COLUMNS: tuple[tuple[str, Callable[[Run], float], str], ...] = (
     ("P99", lambda run: run["jct_ms"]["p99"] / 1e3, ".2f"),
     ("requests/s", lambda run: run["requests_per_s"], ".2f"),
     ("tokens/s", lambda run: run["generated_tokens_per_s"], ".0f"),
-    ("cached", lambda run: 100 * run["cached_share"], ".0f"),
+    ("cached", lambda run: 100 * not_computed(run), ".0f"),
     ("moved, MB", lambda run: run.get("router", {}).get("moved_bytes", 0) / 1e6, ",.0f"),
+    ("others, cores", lambda run: run.get("others_cores", 0.0), ".1f"),
 )
 
 
