@@ -17,7 +17,7 @@ from benchmark.harness import RESULTS, ROOT
 
 _LIMIT_S = 3600.0
 _EACH = ("chat", "react", "documents", "programs", "control")
-_STOCK = ("stock-round-robin", "stock-cache-aware", "stock-cache-aware-tuned")
+_STOCK = "stock-cache-aware-tuned"
 _DESIGNS = ("basic", "caching-2", "caching-3")
 
 
@@ -40,9 +40,11 @@ class Part:
 QUICK = Part("quick", ("stock", "pool", "no-pool"), ("chat", "control"), (2.0,),
              extra=("--requests", "40"))  # fmt: skip
 PARTS = (
-    Part("main", (*_STOCK, "pool", "no-pool"), _EACH, needs=("peer_router",)),
-    Part("load", (_STOCK[-1], "pool"), ("chat",), (0.5, 1.5, 2.0), needs=("peer_router",)),
-    Part("sharegpt", (_STOCK[-1], "pool"), ("sharegpt",), needs=("peer_router", "data")),
+    Part("main", (_STOCK, "stock-round-robin:chat+control", "stock-cache-aware:chat", "pool",
+                  "no-pool:chat+documents+programs", "no-pool-session:documents",
+                  "pool-session:documents"), _EACH, needs=("peer_router",)),
+    Part("load", (_STOCK, "pool"), ("chat",), (0.5, 1.5, 2.0), needs=("peer_router",)),
+    Part("sharegpt", (_STOCK, "pool"), ("sharegpt",), needs=("peer_router", "data")),
     Part("memory", ("stock-large-cache-aware-tuned",), ("chat", "react"), needs=("peer_router",)),
     Part("routing", ("pool", "pool-prefix", "pool-session", "pool-least-load", "pool-round-robin",
                      "no-pool", "no-pool-session"), ("documents",)),

@@ -33,7 +33,7 @@ from . import fronts, servers, trace
 from .neighbours import others_cores, used
 from .replay import Target, replay
 from .servers import Given, RunningFleet, Sizes
-from .setups import SETUPS, Engine, Setup, choose
+from .setups import SETUPS, Chosen, Engine, Setup, choose
 from .summary import difference, router_counters, summarize
 
 EXIT_BAD_INPUT = 2
@@ -63,7 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--setup", help="names with commas between; see --list")
+    add(
+        "--setup",
+        help="names with commas between, see --list; pool:chat+react: with those workloads alone",
+    )
     add("--attach", metavar="URL", help="measure what runs there, as one set-up")
     add("--workload", default="chat", help="names or JSONL files, with commas between")
     add("--rate", default="1", help="times the workload's own speed; several with commas")
@@ -127,26 +130,28 @@ def run_attached(url: str, plan: Plan) -> Iterator[dict[str, Any]]:
 
 
 def run_setups(
-    setups: Sequence[Setup], plan: Plan, given: Given, folder: Path
+    chosen: Sequence[Chosen], plan: Plan, given: Given, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """In rounds over the set-ups of a fleet, so that they take turns."""
-    for _, group in itertools.groupby(setups, key=lambda setup: setup.fleet):
+    for _, group in itertools.groupby(chosen, key=lambda one: one.setup.fleet):
         sharing = list(group)
         started = time.monotonic()
-        with servers.start(sharing[0].fleet, given, folder) as fleet:
+        with servers.start(sharing[0].setup.fleet, given, folder) as fleet:
             _say(f"{fleet.fleet.name}: up in {time.monotonic() - started:.0f} s")
-            for number, setup in itertools.product(range(plan.rounds), sharing):
-                for result in _run_setup(setup, fleet, plan, given):
-                    yield {**_describe(setup, fleet, given), "round": number, **result}
+            for number, one in itertools.product(range(plan.rounds), sharing):
+                for result in _run_setup(one, fleet, plan, given):
+                    yield {**_describe(one.setup, fleet, given), "round": number, **result}
 
 
 def _run_setup(
-    setup: Setup, fleet: RunningFleet, plan: Plan, given: Given
+    chosen: Chosen, fleet: RunningFleet, plan: Plan, given: Given
 ) -> Iterator[dict[str, Any]]:
+    setup = chosen.setup
     with fronts.start(setup.front, fleet, given) as url:
         target = Target(url, str(given.model), setup.salt)
         asyncio.run(replay(target, warm_up(), 1.0, plan.limit_s))
-        for workload, rate in itertools.product(plan.workloads, plan.rates):
+        workloads = [one for one in plan.workloads if chosen.takes(one.name)]
+        for workload, rate in itertools.product(workloads, plan.rates):
             time.sleep(_QUIET_S)
             fleet.flush()
             time.sleep(_QUIET_S)

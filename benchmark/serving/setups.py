@@ -148,12 +148,25 @@ def _all() -> list[Setup]:
 SETUPS = {setup.name: setup for setup in _all()}
 
 
-def choose(names: str) -> list[Setup]:
-    """Of a list with commas, fleet by fleet. Raises ConfigError for an unknown name."""
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """``workloads``: names of those it is measured with; none for all."""
+
+    setup: Setup
+    workloads: frozenset[str] = frozenset()
+
+    def takes(self, workload: str) -> bool:
+        return not self.workloads or workload in self.workloads
+
+
+def choose(text: str) -> list[Chosen]:
+    """Of names with commas between, each with a colon and the workloads it alone is measured with
+    behind it (``pool:chat+react``); fleet by fleet. Raises ConfigError for an unknown name."""
     chosen = []
-    for name in names.split(","):
+    for part in text.split(","):
+        name, _, only = part.partition(":")
         if name not in SETUPS:
             raise ConfigError(f"no set-up {name!r}: choose of {', '.join(SETUPS)}")
-        chosen.append(SETUPS[name])
-    order = list(dict.fromkeys(setup.fleet.name for setup in chosen))
-    return sorted(chosen, key=lambda setup: order.index(setup.fleet.name))
+        chosen.append(Chosen(SETUPS[name], frozenset(only.split("+")) if only else frozenset()))
+    order = list(dict.fromkeys(one.setup.fleet.name for one in chosen))
+    return sorted(chosen, key=lambda one: order.index(one.setup.fleet.name))

@@ -148,7 +148,9 @@ def test_figures_of_known_samples() -> None:
 
 
 def test_setups_of_one_fleet_come_together() -> None:
-    names = [setup.name for setup in choose("pool,stock,no-pool")]
+    chosen = choose("pool,stock:chat+own,no-pool")
+    assert [one.takes("react") for one in chosen] == [True, True, False]
+    names = [one.setup.name for one in chosen]
     assert names == ["pool", "no-pool", "stock"]
     assert all(setup.about for setup in SETUPS.values())
     with pytest.raises(ConfigError, match="no set-up 'best'"):
