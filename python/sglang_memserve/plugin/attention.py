@@ -32,6 +32,7 @@ from .cpu_kernels import DecodeGroup, Extend, Masks
 from .native_attention import Batch, NativeAttention
 
 if TYPE_CHECKING:
+    from sgl_kernel_ext.attention import AttentionPlan, PagedAttention
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -169,6 +170,18 @@ class MemServeCpuAttention(AttentionBackend):
             rows = query if len(group.rows) == len(query) == 1 else query[group.rows]
             out[group.rows] = kernels.attend_decode(rows, keys, values, group, layer.scaling)
         return out.view(query.shape[0], -1)
+
+    def native_parts(
+        self, layer: RadixAttention, dtype: torch.dtype
+    ) -> tuple[AttentionPlan, PagedAttention] | None:
+        """This pass's plan and ``layer``'s attention, for a native op that contains it; None where
+        there is none. Blocks until a layer that is being restored has arrived."""
+        if self._native is None:
+            return None
+        self._require_supported(layer, {})
+        if not self._native.prepare(layer, dtype, *self._buffers(layer)):
+            return None
+        return self._native.parts(layer)
 
     def _attend_natively(
         self,

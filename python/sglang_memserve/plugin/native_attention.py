@@ -144,6 +144,16 @@ class NativeAttention:
         )
         return _Layer(layer, attention, keys, values, translated, _is_plain(pool))
 
+    def parts(self, layer: RadixAttention) -> tuple[AttentionPlan, PagedAttention] | None:
+        """What a call of a prepared layer is made of, for an op that contains the attention; None
+        where native code cannot compute it, or SGLang's pool has to write its rows."""
+        prepared = self._layers[layer.layer_id]
+        if prepared.attention is None or not self.writes(layer):
+            return None
+        assert self._plan is not None
+        plan = self._translated_plan() if prepared.translated else self._plan
+        return plan, prepared.attention
+
     def attend(
         self,
         layer: RadixAttention,

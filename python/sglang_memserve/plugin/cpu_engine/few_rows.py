@@ -1,11 +1,10 @@
-"""A whole forward of few rows through a llama-class model, without SGLang's layers between the ops.
+"""A whole forward of few rows through a llama-class model, a native call a layer.
 
 Decoding is bound by reading the weights, 8 ms a token for a model of 270 MB; walking 30 layers of
 modules in Python costs another 4. Up to ``MOST_ROWS`` rows therefore take the way below: the same
-native ops in the same order on buffers that all layers share, so that the results are those of the
-way through SGLang's layers, bit for bit. Everything else takes SGLang's own way: more rows,
-adapters, captured hidden states, several ranks, embeddings as input, a quantised or otherwise
-changed layer.
+native ops in the same order, so that the results are those of the way through SGLang's layers, bit
+for bit. Everything else takes SGLang's own way: more rows, adapters, captured hidden states,
+several ranks, embeddings as input, a quantised or otherwise changed layer.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from sglang.srt.models.qwen2 import (
 )
 
 from ..attention import MemServeCpuAttention
-from .dtypes import dtype_of
 from .fused_ops import prepared_norm, prepared_rotary
 from .linears import MOST_ROWS, ThinLinearMethod
 
 if TYPE_CHECKING:
-    from sgl_kernel_ext.engine import RmsNorm, Rotary, ThinLinear
+    from sgl_kernel_ext.attention import PagedAttention
+    from sgl_kernel_ext.engine import DecoderLayer, RmsNorm
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from ...kernels import Native
@@ -51,16 +50,11 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """The prepared ops of one layer, in the order in which they run."""
+    """One layer: SGLang's attention module, and the native op with the attention it was made of."""
 
-    norm: RmsNorm
-    qkv: ThinLinear
-    rotary: Rotary
-    attention: Any
-    output: ThinLinear
-    second_norm: RmsNorm
-    gate_up: ThinLinear
-    down: ThinLinear
+    module: Any
+    attention: PagedAttention
+    op: DecoderLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +75,6 @@ class _Held:
 
     def is_as_it_was(self) -> bool:
         return self.tensors.get(self.name) is self.tensor and self.tensor.data_ptr() == self.address
-
-
-@dataclass(frozen=True, slots=True)
-class _Sizes:
-    hidden: int
-    queries: int
-    keys: int
-    values: int
-    inner: int
 
 
 def install(model: torch.nn.Module, native: Native) -> str | None:
@@ -170,14 +155,6 @@ class FewRows:
         self._last_norm: RmsNorm | None = None
         # One that has moved, so that the first forward prepares.
         self._held = [_Held({}, "", body.norm.weight, 0)]
-        attention = body.layers[0].self_attn
-        self._sizes = _Sizes(
-            hidden=body.embed_tokens.weight.shape[1],
-            queries=attention.q_size,
-            keys=attention.kv_size,
-            values=attention.kv_size,
-            inner=body.layers[0].mlp.down_proj.weight.shape[1],
-        )
 
     def __call__(
         self,
@@ -190,7 +167,7 @@ class FewRows:
         """``[rows, hidden]``, normed: what SGLang's forward of the body returns."""
         ids_alone = input_embeds is None and pp_proxy_tensors is None
         if ids_alone and self._takes(input_ids, positions, forward_batch):
-            return self._forward(input_ids, positions, forward_batch)
+            return self._forward(input_ids, positions)
         return self._long_way(
             input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors=pp_proxy_tensors
         )
@@ -207,7 +184,6 @@ class FewRows:
             and positions.is_contiguous()
             and len(positions) == len(input_ids)
             and not self._body.layers_to_capture
-            and isinstance(get_attn_backend(), MemServeCpuAttention)
             and self._parts() == self._original
             and self._prepare()
         )
@@ -229,28 +205,35 @@ class FewRows:
         return (*map(id, parts), hooks)
 
     def _prepare(self) -> bool:
-        """Whether all layers can be computed; prepared anew when weights have moved."""
+        """Whether this pass can go the short way; layers are made anew when weights have moved."""
+        backend = get_attn_backend()
+        if not isinstance(backend, MemServeCpuAttention):
+            return False
+        body = self._body
         if not all(held.is_as_it_was() for held in self._held):
-            body = self._body
             self._held = [
                 _Held.of(tensors, name)
                 for layer in body.layers
                 for tensors, name in _tensors_of(layer)
             ] + [_Held.of(body.norm._parameters, "weight")]
-            self._layers, self._last_norm = [], prepared_norm(body.norm, self._dtype)
-            layers = [self._prepared(layer) for layer in body.layers]
-            if self._last_norm is not None and None not in layers:
-                self._layers = [layer for layer in layers if layer is not None]
-        return bool(self._layers)
+            self._last_norm = prepared_norm(body.norm, self._dtype)
+            layers = [self._made(layer, backend) for layer in body.layers]
+            whole = self._last_norm is not None and None not in layers
+            self._layers = [layer for layer in layers if layer is not None] if whole else []
+        # What holds for one layer and pass holds for all layers of the pass.
+        return (
+            bool(self._layers)
+            and backend.native_parts(self._layers[0].module, self._dtype) is not None
+        )
 
     @property
     def _dtype(self) -> torch.dtype:
         dtype: torch.dtype = self._body.embed_tokens.weight.dtype
         return dtype
 
-    def _prepared(self, layer: Any) -> _Layer | None:
+    def _made(self, layer: Any, backend: MemServeCpuAttention) -> _Layer | None:
         attention, mlp = layer.self_attn, layer.mlp
-        sizes = self._sizes
+        parts = backend.native_parts(attention.attn, self._dtype)
         linears = [
             linear.quant_method.thin.of(linear.weight, linear.bias)
             for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
@@ -259,53 +242,59 @@ class FewRows:
             prepared_norm(norm, self._dtype)
             for norm in (layer.input_layernorm, layer.post_attention_layernorm)
         ]
-        rotary = prepared_rotary(attention.rotary_emb, sizes.queries, sizes.keys, self._dtype)
-        if rotary is None or None in linears or None in norms:
+        rotary = prepared_rotary(
+            attention.rotary_emb, attention.q_size, attention.kv_size, self._dtype
+        )
+        if parts is None or rotary is None or None in linears or None in norms:
             return None
         qkv, output, gate_up, down = (linear for linear in linears if linear is not None)
-        norm, second_norm = (norm for norm in norms if norm is not None)
-        return _Layer(norm, qkv, rotary, attention.attn, output, second_norm, gate_up, down)
+        first_norm, second_norm = (norm for norm in norms if norm is not None)
+        op = self._native.decoder_layer(
+            first_norm,
+            qkv,
+            rotary,
+            parts[1],
+            output,
+            second_norm,
+            gate_up,
+            down,
+            self._native.Activation.SILU,
+        )
+        return _Layer(attention.attn, parts[1], op)
 
-    def _forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
-    ) -> torch.Tensor:
-        sizes, rows, threads = self._sizes, len(input_ids), torch.get_num_threads()
-        backend, silu = get_attn_backend(), self._native.Activation.SILU
-        residual = self._body.embed_tokens(input_ids)
-        dtype = dtype_of(residual)
-        assert dtype is not None
-        hidden, inner = sizes.hidden, sizes.inner
-        width = sizes.queries + sizes.keys + sizes.values
-        x, y = residual.new_empty(rows, hidden), residual.new_empty(rows, hidden)
-        qkv = residual.new_empty(rows, width)
-        gated, acted = residual.new_empty(rows, 2 * inner), residual.new_empty(rows, inner)
-        q, k, v = qkv.split([sizes.queries, sizes.keys, sizes.values], dim=-1)
-        at_residual, at_x, at_y = residual.data_ptr(), x.data_ptr(), y.data_ptr()
-        at_qkv, at_k, at_positions = qkv.data_ptr(), k.data_ptr(), positions.data_ptr()
-        at_gated, at_acted = gated.data_ptr(), acted.data_ptr()
-        first = True
-        for layer in self._layers:
-            if first:
-                layer.norm.apply(at_residual, hidden, at_x, hidden, rows, threads)
-                first = False
-            else:
-                layer.norm.add_and_apply(
-                    at_y, hidden, at_residual, hidden, at_x, hidden, rows, threads
-                )
-            layer.qkv.apply(at_x, rows, hidden, at_qkv, width, threads)
-            layer.rotary.apply(at_positions, rows, at_qkv, width, at_k, width, threads)
-            attended = backend.forward(q, k, v, layer.attention, forward_batch)
-            layer.output.apply(attended.data_ptr(), rows, sizes.queries, at_y, hidden, threads)
-            layer.second_norm.add_and_apply(
-                at_y, hidden, at_residual, hidden, at_x, hidden, rows, threads
-            )
-            layer.gate_up.apply(at_x, rows, hidden, at_gated, 2 * inner, threads)
-            self._native.gate(
-                at_gated, 2 * inner, at_acted, inner, rows, inner, dtype, silu, threads
-            )
-            layer.down.apply(at_acted, rows, inner, at_y, hidden, threads)
+    def _forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        rows, threads = len(input_ids), torch.get_num_threads()
+        backend = get_attn_backend()
+        hidden = self._body.embed_tokens(input_ids).contiguous()
+        residual = torch.empty_like(hidden)
+        width = hidden.shape[1]
+        where = (hidden.data_ptr(), width, residual.data_ptr(), width)
+        at_positions = positions.data_ptr()
+        for number, layer in enumerate(self._layers):
+            # Waits for the layer's pages where they are being restored.
+            parts = backend.native_parts(layer.module, self._dtype)
+            assert parts is not None, f"layer {number} has no native attention in this pass"
+            plan, attention = parts
+            if attention is not layer.attention:
+                layer = self._made_again(number, backend)
+            run = layer.op.apply if number else layer.op.apply_first
+            run(plan, *where, at_positions, rows, threads)
         assert self._last_norm is not None
         self._last_norm.add_and_apply(
-            at_y, hidden, at_residual, hidden, at_x, hidden, rows, threads
+            hidden.data_ptr(),
+            width,
+            residual.data_ptr(),
+            width,
+            hidden.data_ptr(),
+            width,
+            rows,
+            threads,
         )
-        return x
+        return hidden
+
+    def _made_again(self, number: int, backend: MemServeCpuAttention) -> _Layer:
+        """SGLang has given the pool other memory."""
+        layer = self._made(self._body.layers[number], backend)
+        assert layer is not None, f"layer {number} has no native form any more"
+        self._layers[number] = layer
+        return layer
