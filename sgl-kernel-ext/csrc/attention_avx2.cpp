@@ -63,14 +63,12 @@ struct Avx2Floats {
 
     static Vec mul_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-    static Vec within(Vec a, std::ptrdiff_t first, std::ptrdiff_t last, float other) {
-        const auto clamped = [](std::ptrdiff_t lane) {
-            return _mm256_set1_epi32(static_cast<int>(lane < 0 ? 0 : lane > 8 ? 8 : lane));
-        };
-        const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-        const __m256i seen = _mm256_andnot_si256(_mm256_cmpgt_epi32(clamped(first), lane),
-                                                 _mm256_cmpgt_epi32(clamped(last), lane));
-        return _mm256_blendv_ps(_mm256_set1_ps(other), a, _mm256_castsi256_ps(seen));
+    // Lane i of `a` where bit i of `lanes_of_a` is set, `other` in the rest.
+    static Vec chosen(std::uint64_t lanes_of_a, Vec a, float other) {
+        const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i bits = _mm256_set1_epi32(static_cast<int>(lanes_of_a & 0xff));
+        const __m256i here = _mm256_cmpeq_epi32(_mm256_and_si256(bits, bit), bit);
+        return _mm256_blendv_ps(_mm256_set1_ps(other), a, _mm256_castsi256_ps(here));
     }
 
     static Vec exp2(Vec x) {

@@ -51,13 +51,9 @@ struct Avx512Vectors {
 
     static Vec mul_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
-    // Lanes first .. last - 1 of `a`, `other` in the rest.
-    static Vec within(Vec a, std::ptrdiff_t first, std::ptrdiff_t last, float other) {
-        const auto bits = [](std::ptrdiff_t count) {
-            return count <= 0 ? 0u : count >= 16 ? 0xffffu : (1u << count) - 1u;
-        };
-        const auto seen = static_cast<__mmask16>(bits(last) & ~bits(first));
-        return _mm512_mask_blend_ps(seen, _mm512_set1_ps(other), a);
+    // Lane i of `a` where bit i of `lanes_of_a` is set, `other` in the rest.
+    static Vec chosen(std::uint64_t lanes_of_a, Vec a, float other) {
+        return _mm512_mask_blend_ps(static_cast<__mmask16>(lanes_of_a), _mm512_set1_ps(other), a);
     }
 
     // 2^x for x <= 0, 0 from about -150 on: 2^(whole part) times a polynomial of the rest.

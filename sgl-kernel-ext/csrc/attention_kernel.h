@@ -187,12 +187,13 @@ struct Kernel {
         std::size_t vectors() const { return (keys + lanes - 1) / lanes; }
     };
 
-    // Lanes of vector `v` that a row sees, of the block's keys; the others are `other`.
-    static Vec seen(const Work &work, const Handful &some, std::size_t row, std::size_t v, Vec all,
-                    float other) {
-        const auto before = static_cast<std::ptrdiff_t>(some.begin + v * lanes);
-        return Simd::within(all, static_cast<std::ptrdiff_t>(work.low[some.row + row]) - before,
-                            static_cast<std::ptrdiff_t>(work.high[some.row + row]) - before, other);
+    // Bit k: whether a row sees key k of the block.
+    static std::uint64_t keys_of_row(const Work &work, const Handful &some, std::size_t row) {
+        const auto bits_below = [&](std::uint32_t key) {
+            const std::size_t count = key > some.begin ? key - some.begin : 0;
+            return count >= block_keys ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1;
+        };
+        return bits_below(work.high[some.row + row]) & ~bits_below(work.low[some.row + row]);
     }
 
     // The largest score of each row, as far as it sees them, before `factor`.
@@ -201,6 +202,7 @@ struct Kernel {
         Vec top[Simd::most_rows];
         for (std::size_t r = 0; r < some.rows; ++r) {
             float *scores = some.scores + r * block_keys;
+            const std::uint64_t keys = whole ? 0 : keys_of_row(work, some, r);
             top[r] = Simd::set1(masked);
             for (std::size_t v = 0; v < (whole ? block_vectors : some.vectors()); ++v) {
                 Vec one = Simd::load(scores + v * lanes);
@@ -208,7 +210,8 @@ struct Kernel {
                     one = capped(work, one);
                     Simd::store(scores + v * lanes, one);
                 }
-                top[r] = Simd::max(top[r], whole ? one : seen(work, some, r, v, one, masked));
+                if (!whole) one = Simd::chosen(keys >> (v * lanes), one, masked);
+                top[r] = Simd::max(top[r], one);
             }
         }
         Simd::largest(top, some.rows, tops);
@@ -222,13 +225,14 @@ struct Kernel {
         for (std::size_t r = 0; r < some.rows; ++r) {
             const float *scores = some.scores + r * block_keys;
             Unit *weights = work.weights + r * block_units;
+            const std::uint64_t keys = whole ? 0 : keys_of_row(work, some, r);
             const Vec below = Simd::set1(-peaks[r]);
             Vec sum = Simd::mul(Simd::load(sums + r * sums_row), Simd::set1(keep[r]));
             Vec last = sum;
             for (std::size_t v = 0; v < (whole ? block_vectors : some.vectors()); ++v) {
                 Vec one =
                     Simd::exp2(Simd::mul_add(Simd::load(scores + v * lanes), factors, below));
-                if (!whole) one = seen(work, some, r, v, one, 0.0f);
+                if (!whole) one = Simd::chosen(keys >> (v * lanes), one, 0.0f);
                 sum = Simd::add(sum, one);
                 if (!whole) {
                     Simd::put_weights(weights, v * lanes, one);

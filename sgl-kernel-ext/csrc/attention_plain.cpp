@@ -43,13 +43,10 @@ struct PlainFloats {
     }
     static float total(Vec a) { return (a[0] + a[1]) + (a[2] + a[3]); }
 
-    static Vec within(Vec a, std::ptrdiff_t first, std::ptrdiff_t last, float other) {
-        const auto limit = [](std::ptrdiff_t lane) {
-            const auto lanes_before = static_cast<std::int32_t>(lane < 0 ? 0 : lane > 4 ? 4 : lane);
-            return Ints{} + lanes_before;
-        };
-        const Ints lane{0, 1, 2, 3};
-        return ((lane >= limit(first)) & (lane < limit(last))) ? a : set1(other);
+    // Lane i of `a` where bit i of `lanes_of_a` is set, `other` in the rest.
+    static Vec chosen(std::uint64_t lanes_of_a, Vec a, float other) {
+        const Ints bit{1, 2, 4, 8};
+        return ((bit & static_cast<std::int32_t>(lanes_of_a & 15)) == bit) ? a : set1(other);
     }
 
     static Vec exp2(Vec x) {
