@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check layers lint format bench eval eval-quick pictures lock clean
-.PHONY: sanitize fuzz chaos
+.PHONY: sanitize arm64 fuzz chaos
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ check: setup  ## ruff, formatting, types, import layers
 
 sanitize: setup  ## contract tests of the native code under AddressSanitizer and UBSan
 	@$(PY) tools/sanitize.py $(ARGS)
+
+arm64: setup  ## compile the kernels for 64-bit ARM, with a compiler from the registry
+	@$(PY) tools/arm64.py
 
 fuzz: setup  ## the random tests again and again with new cases, until one fails (ROUNDS=10)
 	@for round in $$(seq $(or $(ROUNDS),10)); do \
