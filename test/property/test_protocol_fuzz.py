@@ -29,7 +29,7 @@ CONTROL: list[control.Message] = [
     control.LeaseReply(2**63 - 1, [0, 2**64 - 1], [1, 2**64 - 1]),
     control.ReleaseRequest("g", 5),
     control.ReleaseReply(True),
-    control.FetchRequest([SOURCE, SOURCE], [KEY], 0.0, 5.0),
+    control.FetchRequest([SOURCE, SOURCE], [KEY], 0.0, 5.0, hold_s=9.5),
     control.FetchReply(1, 2, 3, 4, 0.5, "miss", [control.SourceReply("a", 3, "miss", "why")]),
     control.SnapshotRequest(),
     control.SnapshotReply(b"\x93"),

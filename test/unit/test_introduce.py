@@ -102,8 +102,10 @@ def test_ranks_get_connected_and_a_fetch_by_url_asks_nobody_for_addresses(
             async with asyncio.timeout(LIMIT_S):
                 while (await agent.introduce(body)) != PeersResult(members=1, connected=1):  # noqa: ASYNC110 - asked of ranks
                     await asyncio.sleep(0.01)
-            fetched = await agent.fetch(FetchBody([key.hex() for key in KEYS], source=other.url))
+            keys = [key.hex() for key in KEYS]
+            fetched = await agent.fetch(FetchBody(keys, source=other.url, hold_s=60.0))
             assert (fetched.outcome, fetched.fetched_pages) == ("complete", 4)
+            assert me.pool.stats()["held_blocks"] == 4
             with pytest.raises(ProtocolError, match="valid for 0"):
                 await agent.introduce(PeersBody([], 0.0))
         finally:

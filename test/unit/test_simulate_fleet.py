@@ -6,18 +6,21 @@ from dataclasses import replace
 
 import msgspec
 import pytest
+from sglang_memserve.config import Limits
 from sglang_memserve.errors import ConfigError
+from sglang_memserve.hashing import page_keys
 from sglang_memserve.router.policy.cost import Cost
 from sglang_memserve.router.policy.prefix import Prefix
 from sglang_memserve.router.simulate import trace
 from sglang_memserve.router.simulate.agenda import Agenda
 from sglang_memserve.router.simulate.approximate import Approximate
 from sglang_memserve.router.simulate.fleet import Fleet, Terms
+from sglang_memserve.router.simulate.memory import Memory
 from sglang_memserve.router.simulate.network import Network
 from sglang_memserve.router.simulate.profile import Decode, Link, Profile
 from sglang_memserve.router.simulate.report import Served
 from sglang_memserve.router.simulate.trace import Arrival
-from sglang_memserve.types import InstanceId, Role
+from sglang_memserve.types import Eviction, InstanceId, Role
 from unit.plain_instance import PLAIN
 
 TERMS = Terms(page_tokens=10)
@@ -140,6 +143,42 @@ def test_a_prefix_is_found_moved_and_loaded() -> None:
     p, d = fleet.sites.values()
     assert p.memory.dram.index.leading([]) == 0
     assert len(p.memory.dram.index) >= 50 <= len(d.memory.dram.index)
+
+
+# -- pages that wait for their request --
+
+
+def test_what_is_fetched_stays_until_its_request_is_admitted() -> None:
+    now = [0.0]
+    memory = Memory(40, 12, Eviction.LRU, lambda *_: None, lambda: now[0], Limits(hold_share=0.5))
+    keys, others = page_keys(range(5), 1), page_keys(range(100, 124), 1)
+
+    def flood() -> None:
+        for start in range(0, 24, 4):
+            memory.keep(others, start, start + 4)
+        memory.check()
+
+    for after_fetch in (flood, lambda: None):
+        expected = memory.expect(keys, 60.0)
+        memory.keep(keys, 0, 3)
+        expected.came()
+        flood()
+        memory.keep(keys, 3, 5)
+        expected.end()
+        after_fetch()
+        assert memory.leading(keys) == 5 and memory.holds.held_blocks == 5
+        if after_fetch is flood:
+            now[0] += 61.0
+            flood()
+            assert memory.leading(keys) == 0
+    too_much = memory.expect(others[:7], 60.0)
+    memory.keep(others, 0, 7)
+    too_much.end()
+    assert memory.holds.counts["holds_refused_total"] == 1
+    seat = memory.admit(keys, 6)
+    assert seat is not None and seat.ready == 5 and not len(memory.holds)
+    memory.leave(seat)
+    memory.check()
 
 
 # -- policies --
