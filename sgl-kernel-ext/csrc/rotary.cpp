@@ -34,6 +34,8 @@ MEMSERVE_INLINE void turn_neox(T *head, std::int64_t half, const Angles &angles)
         T first[block], second[block];
         std::memcpy(first, head + i, sizeof first);
         std::memcpy(second, head + half + i, sizeof second);
+        // Unrolled as a whole, it would no longer be vectorised.
+#pragma GCC unroll 1
         for (int lane = 0; lane < block; ++lane) {
             turn(first[lane], second[lane], angles.cosines[i + lane], angles.sines[i + lane]);
         }
