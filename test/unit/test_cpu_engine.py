@@ -9,6 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sglang")
 
+from sgl_kernel_ext.ops import isa, limit_isa  # noqa: E402
+from sgl_kernel_ext.tables import Isa  # noqa: E402
 from sglang.srt.layers.activation import GeluAndMul, SiluAndMul  # noqa: E402
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm  # noqa: E402
 from sglang.srt.layers.quantization.unquant import (  # noqa: E402
@@ -154,6 +156,24 @@ def test_products_of_other_shapes_and_dtypes_are_left_to_torch() -> None:
     assert method.thin.apply(layer.weight, numbers(2, WIDTH, dtype=torch.float32), None) is None
     assert method.thin.apply(layer.weight.t(), numbers(2, 48), None) is None
     assert method.apply(layer, numbers(2, 3, WIDTH)).shape == (2, 3, 48)
+
+
+def test_products_with_other_sums_take_no_part_in_prompts() -> None:
+    ops = native()
+    assert ops is not None
+    best = isa()
+    limit_isa(Isa.PLAIN)
+    try:
+        model = torch.nn.ModuleList([plain_layer(UnquantizedLinearMethod())])
+        linears.install(model, ops)
+        layer = model[0]
+        x = numbers(4, WIDTH, seed=3)
+        found = layer.quant_method.apply(layer, x)
+        assert not layer.quant_method.thin.same_bits
+        assert layer.quant_method.thin.apply(layer.weight, x, None) is None
+        assert torch.equal(found, torch.nn.functional.linear(x, layer.weight))
+    finally:
+        limit_isa(best)
 
 
 def test_weights_that_moved_are_read_where_they_are() -> None:

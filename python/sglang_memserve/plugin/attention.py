@@ -70,6 +70,7 @@ class MemServeCpuAttention(AttentionBackend):
             if ops is None
             else NativeAttention(ops, self.req_to_token_pool.req_to_token, self.token_to_kv_pool)
         )
+        self.decoding = False
         self._supported_layers: set[int] = set()
         self._batch = Batch((), (), (), None)
         self._slots: list[torch.Tensor] | None = None
@@ -92,7 +93,8 @@ class MemServeCpuAttention(AttentionBackend):
         requests = forward_batch.req_pool_indices.tolist()
         self._extends = []
         self._masks = Masks()
-        if forward_batch.forward_mode.is_decode_or_idle():
+        self.decoding = forward_batch.forward_mode.is_decode_or_idle()
+        if self.decoding:
             rows = [1] * len(requests)
         else:
             rows = [int(new) for new in forward_batch.extend_seq_lens_cpu]

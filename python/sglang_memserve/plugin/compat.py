@@ -79,6 +79,7 @@ SYMBOLS = (
     "sglang.srt.layers.vocab_parallel_embedding.VocabParallelEmbedding",
     "sglang.srt.model_executor.forward_batch_info.ForwardMode",
     "sglang.srt.model_executor.forward_context.get_attn_backend",
+    "sglang.srt.model_executor.forward_context.has_forward_context",
     "sglang.srt.models.llama.LlamaAttention",
     "sglang.srt.models.llama.LlamaDecoderLayer",
     "sglang.srt.models.llama.LlamaMLP",

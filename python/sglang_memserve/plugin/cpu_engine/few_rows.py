@@ -112,7 +112,7 @@ def _problem_of_layer(layer: Any, kinds: tuple[type, type, type]) -> str | None:
         return "a layer's attention or MLP is of another kind"
     if not _is(mlp.act_fn, SiluAndMul):
         return f"its activation is {type(mlp.act_fn).__name__}"
-    for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
+    for linear in _linears_of(layer):
         if not _is(linear.quant_method, ThinLinearMethod):
             return f"a linear layer is computed by {type(linear.quant_method).__name__}"
         if getattr(linear, "tp_size", 1) != 1:
@@ -121,6 +121,11 @@ def _problem_of_layer(layer: Any, kinds: tuple[type, type, type]) -> str | None:
         if not _is(norm, RMSNorm):
             return f"a norm is a {type(norm).__name__}"
     return None
+
+
+def _linears_of(layer: Any) -> tuple[Any, Any, Any, Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
 
 
 def _tensors_of(layer: Any) -> Iterator[tuple[Mapping[str, torch.Tensor | None], str]]:
@@ -153,6 +158,7 @@ class FewRows:
         self._original = self._parts()
         self._layers: list[_Layer] = []
         self._last_norm: RmsNorm | None = None
+        self._same_bits = False
         # One that has moved, so that the first forward prepares.
         self._held = [_Held({}, "", body.norm.weight, 0)]
 
@@ -220,9 +226,15 @@ class FewRows:
             layers = [self._made(layer, backend) for layer in body.layers]
             whole = self._last_norm is not None and None not in layers
             self._layers = [layer for layer in layers if layer is not None] if whole else []
+            self._same_bits = all(
+                linear.quant_method.thin.same_bits
+                for layer in body.layers
+                for linear in _linears_of(layer)
+            )
         # What holds for one layer and pass holds for all layers of the pass.
         return (
             bool(self._layers)
+            and (backend.decoding or self._same_bits)
             and backend.native_parts(self._layers[0].module, self._dtype) is not None
         )
 
@@ -232,11 +244,10 @@ class FewRows:
         return dtype
 
     def _made(self, layer: Any, backend: MemServeCpuAttention) -> _Layer | None:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention = layer.self_attn
         parts = backend.native_parts(attention.attn, self._dtype)
         linears = [
-            linear.quant_method.thin.of(linear.weight, linear.bias)
-            for linear in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+            linear.quant_method.thin.of(linear.weight, linear.bias) for linear in _linears_of(layer)
         ]
         norms = [
             prepared_norm(norm, self._dtype)
