@@ -24,8 +24,8 @@ def make(*arguments: str) -> str:
 
 def test_every_make_target_that_is_named_exists() -> None:
     text = "".join(page.read_text() for page in PAGES)
-    named = set(re.findall(r"(?:^|`)make ([a-z]+)", text, flags=re.MULTILINE))
-    offered = set(re.findall(r"^  make ([a-z]+)", make("help"), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([a-z0-9-]+)", text, flags=re.MULTILINE))
+    offered = set(re.findall(r"^  make ([a-z0-9-]+)", make("help"), flags=re.MULTILINE))
     assert {"demo", "test", "check", "setup"} <= named <= offered
     for target in named:
         assert make("--dry-run", target)
