@@ -19,6 +19,7 @@ TESTS = [
     "test/contract/test_attention_kernels.py",
     "test/contract/test_attention_refusals.py",
     "test/contract/test_engine_elementwise.py",
+    "test/contract/test_engine_refusals.py",
     "test/contract/test_engine_decoder.py",
     "test/contract/test_merged_tree.py",
     "test/property/test_global_tree.py",

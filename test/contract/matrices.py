@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,12 @@ BEST = ops.isa()
 LEVELS = [level for level in Isa if level <= BEST]
 # Half a unit in the last place of a rounded result.
 ROUNDING = {Dtype.BF16: 2.0**-8, Dtype.FP16: 2.0**-11, Dtype.FP32: 2.0**-24}
+REFERENCE = SimpleNamespace(
+    rms_norm=reference.RmsNorm,
+    kv_slots=reference.KvSlots,
+    rotary=reference.Rotary,
+    gate=reference.gate,
+)
 
 
 @dataclass(frozen=True)
@@ -68,3 +75,12 @@ class Matrix:
             inside[start : start + self.width] = True
         outside = reference.to_float(self.buffer, self.dtype)[~inside]
         return bool(np.isnan(outside).all())
+
+
+def random(seed: int, rows: int, width: int, dtype: Dtype, gap: int = 0) -> Matrix:
+    values = np.random.default_rng(seed).standard_normal((rows, width))
+    return Matrix.of(values, dtype, seed % 7, gap)
+
+
+def copy_of(one: Matrix) -> Matrix:
+    return Matrix(one.buffer.copy(), one.offset, one.rows, one.width, one.stride, one.dtype)
