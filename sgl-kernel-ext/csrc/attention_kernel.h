@@ -18,6 +18,7 @@
 // other instructions elsewhere, and the linker must not mix them.
 #pragma once
 
+#include "attention_product.h"
 #include "attention_tile.h"
 
 namespace memserve {
@@ -33,13 +34,6 @@ constexpr float log2_e = 1.44269504f;
 constexpr float ln_2 = 0.69314718f;
 
 alignas(64) const std::uint8_t zero_row[most_head_dim * sizeof(float)] = {};
-
-constexpr std::size_t rounded_up(std::size_t count, std::size_t step) {
-    return (count + step - 1) / step * step;
-}
-
-inline std::size_t least(std::size_t a, std::size_t b) { return a < b ? a : b; }
-inline std::size_t most(std::size_t a, std::size_t b) { return a > b ? a : b; }
 
 template <class Simd>
 struct Kernel {
@@ -94,81 +88,6 @@ struct Kernel {
         Work work;
         alignas(64) static std::uint8_t nothing[64];
         return lay_out(work, nothing, rows, qk_dim, v_dim);
-    }
-
-    // to[row] = (keep == null ? 0 : to[row] * keep[row]) + sum over steps of a[row][step] * b[step],
-    // for `rows` rows and `vectors` vectors of columns.
-    template <int rows, int vectors>
-    static void product_of(const Unit *a, std::size_t a_row, const Unit *b, std::size_t b_step,
-                           float *to, std::size_t to_row, std::size_t steps, const float *keep) {
-        Vec sums[rows][vectors];
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) {
-                sums[r][v] = keep == nullptr
-                                 ? Simd::zero()
-                                 : Simd::mul(Simd::load(to + r * to_row + v * lanes),
-                                             Simd::set1(keep[r]));
-            }
-        }
-        for (std::size_t step = 0; step < steps; ++step) {
-            typename Simd::Units of_b[vectors];
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) {
-                of_b[v] = Simd::load_units(b + step * b_step + v * lanes);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < rows; ++r) {
-                const typename Simd::Units of_a = Simd::broadcast(a + r * a_row + step);
-#pragma GCC unroll 8
-                for (int v = 0; v < vectors; ++v) {
-                    sums[r][v] = Simd::dot(sums[r][v], of_a, of_b[v]);
-                }
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v) Simd::store(to + r * to_row + v * lanes, sums[r][v]);
-        }
-    }
-
-    using Product = void (*)(const Unit *, std::size_t, const Unit *, std::size_t, float *,
-                             std::size_t, std::size_t, const float *);
-
-    template <int rows>
-    static Product product_for(std::size_t vectors) {
-        switch (vectors) {
-            case 1: return product_of<rows, 1>;
-            case 2: return product_of<rows, 2>;
-            case 3: return product_of<rows, Simd::most_vectors < 3 ? 1 : 3>;
-            default: return product_of<rows, Simd::most_vectors < 4 ? 1 : 4>;
-        }
-    }
-
-    static Product product_for(std::size_t rows, std::size_t vectors) {
-        static_assert(Simd::most_rows <= 6 && Simd::most_vectors <= 4, "as the switches know");
-        switch (rows) {
-            case 1: return product_for<1>(vectors);
-            case 2: return product_for<2>(vectors);
-            case 3: return product_for<3>(vectors);
-            case 4: return product_for<4>(vectors);
-            case 5: return product_for<5>(vectors);
-            default: return product_for<6>(vectors);
-        }
-    }
-
-    static void product(std::size_t rows, std::size_t vectors, const Unit *a, std::size_t a_row,
-                        const Unit *b, std::size_t b_step, float *to, std::size_t to_row,
-                        std::size_t steps, const float *keep) {
-        while (vectors > 0) {
-            const std::size_t now = least(vectors, Simd::most_vectors);
-            product_for(rows, now)(a, a_row, b, b_step, to, to_row, steps, keep);
-            b += now * lanes;
-            to += now * lanes;
-            vectors -= now;
-        }
     }
 
     // c * tanh(x / c) by e = exp(-2 |x / c|): (1 - e) / (1 + e) with the sign of x.
@@ -247,8 +166,8 @@ struct Kernel {
 
     static void score(const Tile &tile, const Work &work, const Handful &some) {
         const std::size_t units = tile.qk_dim / Simd::per_unit;
-        product(some.rows, some.vectors(), work.query + some.row * units, units, work.keys,
-                block_keys, some.scores, block_keys, units, nullptr);
+        Products<Simd>::product(some.rows, some.vectors(), work.query + some.row * units, units,
+                                work.keys, block_keys, some.scores, block_keys, units, nullptr);
     }
 
     static void weigh(const Tile &tile, const Work &work, const Handful &some, float *states) {
@@ -274,8 +193,9 @@ struct Kernel {
         }
         (whole ? soften<true> : soften<false>)(work, some, peaks, keep, factor,
                                                sum_of(states, tile), floats);
-        product(some.rows, tile.v_dim / lanes, work.weights, block_units, work.values, tile.v_dim,
-                states, floats, (some.keys + Simd::per_unit - 1) / Simd::per_unit, keep);
+        const std::size_t steps = (some.keys + Simd::per_unit - 1) / Simd::per_unit;
+        Products<Simd>::product(some.rows, tile.v_dim / lanes, work.weights, block_units,
+                                work.values, tile.v_dim, states, floats, steps, keep);
     }
 
     // Of the block at `begin`, the keys up to the last that one of these rows sees; 0: they see none.
