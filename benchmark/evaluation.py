@@ -43,6 +43,9 @@ PARTS = (
     Part("main", (_STOCK, "stock-round-robin:chat+control", "stock-cache-aware:chat", "pool",
                   "no-pool:chat+documents+programs", "no-pool-session:documents",
                   "pool-session:documents"), _EACH, needs=("peer_router",)),
+    # Half the device pool: conversations do not fit any more.
+    Part("small-hbm", (_STOCK, "no-pool", "pool"), ("chat",), needs=("peer_router",),
+         extra=("--hbm-tokens", "4096")),
     Part("load", (_STOCK, "pool"), ("chat",), (0.5, 1.5, 2.0), needs=("peer_router",)),
     Part("sharegpt", (_STOCK, "pool"), ("sharegpt",), needs=("peer_router", "data")),
     Part("memory", ("stock-large-cache-aware-tuned",), ("chat", "react"), needs=("peer_router",)),

@@ -86,10 +86,18 @@ def _on_one_line(row: re.Match[str]) -> str:
     return "[" + " ".join(row[0][1:-1].split()) + "]"
 
 
+def _started_as() -> list[str]:
+    """A module by its name: the path of its file is the machine's own affair."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        return [sys.argv[0]]
+    return ["-m", spec.name.removesuffix(".__main__")]
+
+
 def report(name: str, results: Any, started_s: float, file: Path | None) -> None:
     value = {
         "benchmark": name,
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *_started_as(), *sys.argv[1:]]),
         "machine": machine(),
         "seconds": round(time.monotonic() - started_s, 1),
         "results": results,

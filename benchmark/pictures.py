@@ -31,6 +31,8 @@ _COLOURS = {
     "stock-large-cache-aware-tuned": "#222222",
     "pool": "#0072b2",
     "no-pool": "#56b4e9",
+    "no-pool-session": "#009e73",
+    "pool-session": "#cc79a7",
     "vllm": "#d55e00",
     "vllm-1p1d": "#e69f00",
 }
@@ -193,6 +195,11 @@ def _designs() -> None:
     bars(runs, "Chat with separate roles: caching switched on one by one", "designs")
 
 
+def _small_hbm() -> None:
+    runs = _runs("evaluation-small-hbm")
+    distributions(runs, "Chat, 4,096 KV slots an instance: share within a time", "small-hbm")
+
+
 def _routing() -> None:
     bars(_runs("evaluation-routing"), "Questions on documents by routing", "routing")
 
@@ -207,6 +214,7 @@ FIGURES: dict[str, Callable[[], None]] = {
     "load": _load,
     "distributions": _distributions,
     "funnel": _funnel,
+    "small-hbm": _small_hbm,
     "designs": _designs,
     "routing": _routing,
     "simulated": _simulated,
