@@ -154,9 +154,10 @@ def cpu_defaults(model_path: str) -> list[str]:
         "disabled",
         "--chunked-prefill-size",
         "512",
-        # Bounds the pool only; --max-total-tokens decides.
+        # Bounds the pool only, and refuses to start when others take memory meanwhile;
+        # --max-total-tokens decides.
         "--mem-fraction-static",
-        "0.6",
+        "0.9",
         "--max-total-tokens",
         str(suitable_pool_tokens(model_path)),
     ]

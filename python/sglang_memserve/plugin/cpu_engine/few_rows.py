@@ -27,6 +27,7 @@ from sglang.srt.models.qwen2 import (
     Qwen2MLP,
     Qwen2Model,
 )
+from sglang.srt.runtime_context import get_parallel
 
 from ..attention import MemServeCpuAttention
 from .fused_ops import prepared_norm, prepared_rotary
@@ -90,6 +91,9 @@ def _problem(body: Any) -> str | None:
     """Why the layers of ``body`` are not such as ``FewRows`` knows."""
     if type(body) not in _KINDS:
         return f"{type(body).__name__} is none of {', '.join(kind.__name__ for kind in _KINDS)}"
+    if get_parallel().tp_size != 1:
+        # Sums of ranks are made between the ops.
+        return "the model is spread over tensor-parallel ranks"
     if not (body.pp_group.is_first_rank and body.pp_group.is_last_rank):
         return "the model is spread over pipeline ranks"
     if not len(body.layers):
@@ -115,8 +119,6 @@ def _problem_of_layer(layer: Any, kinds: tuple[type, type, type]) -> str | None:
     for linear in _linears_of(layer):
         if not _is(linear.quant_method, ThinLinearMethod):
             return f"a linear layer is computed by {type(linear.quant_method).__name__}"
-        if getattr(linear, "tp_size", 1) != 1:
-            return "the model is spread over tensor-parallel ranks"
     for norm in (layer.input_layernorm, layer.post_attention_layernorm):
         if not _is(norm, RMSNorm):
             return f"a norm is a {type(norm).__name__}"
