@@ -197,14 +197,25 @@ class Native(Protocol):
 
 @functools.cache
 def native() -> Native | None:
-    """The native ops; None where they are switched off or not built, which the log says once."""
+    """The native ops; None where they are switched off, not built, or built from older sources,
+    which the log says once."""
     try:
         ops: ModuleType = importlib.import_module("sgl_kernel_ext.ops")
     except ImportError as error:
-        reason = f"sgl-kernel-ext is not installed ({error})"
+        reason: str | None = f"sgl-kernel-ext is not installed ({error})"
     else:
-        if ops.NATIVE:
+        reason = _why_not(ops)
+        if reason is None:
             return cast(Native, ops)
-        reason = str(ops.WHY_NOT_NATIVE)
     logger.warning("no native code, portable code runs in its place: %s", reason)
+    return None
+
+
+def _why_not(ops: ModuleType) -> str | None:
+    if not ops.NATIVE:
+        return str(ops.WHY_NOT_NATIVE)
+    expected = {*vars(Native), *Native.__annotations__}
+    missing = sorted(n for n in expected if not n.startswith("_") and not hasattr(ops, n))
+    if missing:
+        return f"sgl-kernel-ext is older than this package and has no {', '.join(missing)}"
     return None
