@@ -48,6 +48,8 @@ BENCHMARKS = (
     ("router/restart.py", "router-restart.json"),
     # With --peer it also measures sglang-router.
     ("router/service.py", "router-service-alone.json"),
+    # With --vllm PYTHON it also measures vLLM's CPU build.
+    ("engine/latency.py", "engine-latency.json"),
     ("serving/moved_prefix.py", "serving-moved-prefix.json"),
     ("serving/pipelined_fetch.py", "serving-pipelined-fetch.json"),
     ("serving/scheduler_share.py", "serving-scheduler-share.json"),

@@ -148,11 +148,14 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment with it")
+    parser.add_argument("--stock", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     cores = [int(core) for core in options.cores.split(",")]
     started = time.monotonic()
-    contenders = [memserve(options.model, len(cores)), stock(options.model, len(cores))]
+    contenders = [memserve(options.model, len(cores))]
+    if options.stock:
+        contenders.append(stock(options.model, len(cores)))
     versions = {}
     if options.vllm:
         contenders.append(vllm(options.vllm, options.model, cores))
