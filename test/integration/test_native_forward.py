@@ -36,6 +36,7 @@ def test_every_way_through_the_model_gives_the_same_logits(tiny_model: Path) -> 
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["short way"] == "FewRows"
     assert result["again"] == 0
+    assert result["heard"] == result["passes"], "a hook on a module was passed by"
     differences = result["differences"]
     assert differences["layer by layer"] == 0
     assert differences["torch's fused ops"] == 0

@@ -9,7 +9,6 @@ several ranks, embeddings as input, a quantised or otherwise changed layer.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,8 +38,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from ...kernels import Native
-
-log = logging.getLogger(__name__)
 
 # Layers of these classes are alike in what they compute.
 _KINDS = {
@@ -158,6 +155,13 @@ class FewRows:
         self._body, self._native = body, native
         self._long_way: Callable[..., Any] = body.forward
         self._original = self._parts()
+        # Dictionaries of modules, which fill up when somebody wants to hear of their calls.
+        self._listeners = [
+            hooks
+            for module in body.modules()
+            if module is not body
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
         self._layers: list[_Layer] = []
         self._last_norm: RmsNorm | None = None
         self._same_bits = False
@@ -193,11 +197,12 @@ class FewRows:
             and len(positions) == len(input_ids)
             and not self._body.layers_to_capture
             and self._parts() == self._original
+            and not any(self._listeners)
             and self._prepare()
         )
 
     def _parts(self) -> tuple[int, ...]:
-        """What adapters replace in every layer alike, by identity, and whether anyone listens."""
+        """What adapters replace in every layer alike, by identity."""
         layer = self._body.layers[0]
         parts = (
             layer,
@@ -209,8 +214,7 @@ class FewRows:
             layer.mlp.down_proj,
             self._body.embed_tokens,
         )
-        hooks = sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in parts)
-        return (*map(id, parts), hooks)
+        return tuple(map(id, parts))
 
     def _prepare(self) -> bool:
         """Whether this pass can go the short way; layers are made anew when weights have moved."""
@@ -218,6 +222,10 @@ class FewRows:
         if not isinstance(backend, MemServeCpuAttention):
             return False
         body = self._body
+        # What holds for one layer and pass holds for all layers of the pass.
+        first = body.layers[0].self_attn.attn
+        if backend.native_parts(first, self._dtype) is None:
+            return False
         if not all(held.is_as_it_was() for held in self._held):
             self._held = [
                 _Held.of(tensors, name)
@@ -233,12 +241,7 @@ class FewRows:
                 for layer in body.layers
                 for linear in _linears_of(layer)
             )
-        # What holds for one layer and pass holds for all layers of the pass.
-        return (
-            bool(self._layers)
-            and (backend.decoding or self._same_bits)
-            and backend.native_parts(self._layers[0].module, self._dtype) is not None
-        )
+        return bool(self._layers) and (backend.decoding or self._same_bits)
 
     @property
     def _dtype(self) -> torch.dtype:
