@@ -21,7 +21,8 @@ _COUNTED = {
     "memserve_recomputed_tokens_total": "computed_tokens",
     "memserve_kv_transfer_bytes_total": "moved_bytes",
     "memserve_kv_transfer_seconds_count": "transfers",
-    "memserve_kv_transfer_failures_total": "incomplete_transfers",
+    "memserve_kv_transfer_failures_total": "failed_transfers",
+    "memserve_kv_transfer_partial_total": "partial_transfers",
     "memserve_fallbacks_total": "fallbacks",
     "memserve_retries_total": "retries",
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -30,13 +31,33 @@ ROUTING_BUCKETS = (
 )  # fmt: skip
 
 
+class Arrival(Enum):
+    """``PARTIAL``: all that the source had, which is less than was asked for: nothing failed."""
+
+    WHOLE = "whole"
+    PARTIAL = "partial"
+    SHORT = "short"
+
+
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """One fetch of one prompt's pages, whatever came of it."""
+    """One fetch of one prompt's pages, whatever came of it. ``promised_pages``: leading pages that
+    the source had to give, by the tree or because it computed them. More are asked for than that,
+    for the tree may be behind."""
 
     source: str
     target: str
     result: FetchResult
+    promised_pages: int
+
+    @property
+    def arrival(self) -> Arrival:
+        result = self.result
+        if result.readable_pages >= result.requested_pages:
+            return Arrival.WHOLE
+        # Any other outcome than a miss is about pages that the source did have.
+        kept = result.outcome == "miss" and result.readable_pages >= self.promised_pages
+        return Arrival.PARTIAL if kept else Arrival.SHORT
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +104,7 @@ class Metrics:
     transfer_seconds: Histogram = field(init=False)
     transfer_bytes: Counter = field(init=False)
     transfer_failures: Counter = field(init=False)
+    partial_transfers: Counter = field(init=False)
     _reasons: Bounded = field(default_factory=Bounded)
     _departed: Departed = field(init=False)
 
@@ -137,7 +159,10 @@ class Metrics:
         )
         self.transfer_bytes = self._counter("kv_transfer_bytes", "Bytes moved", "src", "dst")
         self.transfer_failures = self._counter(
-            "kv_transfer_failures", "Fetches that did not get all pages", "reason"
+            "kv_transfer_failures", "Fetches that did not get the pages promised", "reason"
+        )
+        self.partial_transfers = self._counter(
+            "kv_transfer_partial", "Fetches that got all their source had, not the whole prompt"
         )
         self._departed = Departed((self.transferred_tokens, self.transfer_bytes))
 
@@ -169,7 +194,9 @@ class Metrics:
             self.transferred_tokens.labels(*pair).inc(result.fetched_pages * page_size)
             self.transfer_bytes.labels(*pair).inc(result.fetched_bytes)
             self.transfer_seconds.observe(result.seconds)
-        if result.readable_pages < result.requested_pages:
+        if fetched.arrival is Arrival.PARTIAL:
+            self.partial_transfers.inc()
+        elif fetched.arrival is Arrival.SHORT:
             reason = self._reasons(short_reason(result.outcome))
             self.transfer_failures.labels(reason).inc()
 

@@ -13,7 +13,7 @@ from enum import Enum
 
 from sglang_memserve.types import InstanceId, ShortKey
 
-from ..metrics.registry import Fetched
+from ..metrics.registry import Arrival, Fetched
 from ..prompt.bodies import Chat, Source, Texts, TokenIds
 from .placement import Holdings, Keyed
 from .turn import Turn
@@ -55,10 +55,12 @@ class Seen:
 
 @dataclass(slots=True)
 class Pair:
-    """Transfers from one instance to another. ``last_at``: monotonic."""
+    """Transfers from one instance to another. ``short`` and ``partial``: those of them that
+    arrived so. ``last_at``: monotonic."""
 
     fetches: int = 0
     short: int = 0
+    partial: int = 0
     pages: int = 0
     bytes: int = 0
     seconds: float = 0.0
@@ -120,7 +122,8 @@ class Journal:
             who, result = (fetch.source, fetch.target), fetch.result
             pair = self._pairs.pop(who, None) or Pair()
             pair.fetches += 1
-            pair.short += result.readable_pages < result.requested_pages
+            pair.short += fetch.arrival is Arrival.SHORT
+            pair.partial += fetch.arrival is Arrival.PARTIAL
             pair.pages += result.fetched_pages
             pair.bytes += result.fetched_bytes
             pair.seconds += result.seconds if result.fetched_pages else 0.0

@@ -66,6 +66,10 @@ class Holdings:
     def of_chain(self, chain: int, instance: InstanceId) -> int:
         return self.by_chain[chain].get(instance, _NOTHING).pages
 
+    def movable(self, chain: int, instance: InstanceId) -> int:
+        """Leading pages that others can fetch from ``instance``."""
+        return self.by_chain[chain].get(instance, _NOTHING).movable_pages
+
     def skippable(self, chain: int, instance: InstanceId) -> int:
         """Leading pages that ``instance`` has, where some of them are in HBM alone: a fetch would
         wait for those, which perhaps nobody has in DRAM. None of them where all are in DRAM."""

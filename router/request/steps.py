@@ -25,7 +25,7 @@ from ..cost.learned import CostModel
 from ..http.limits import StepDeadlines
 from ..http.proxy import Upstream
 from ..members.instances import Instances
-from ..metrics.registry import Fetched, Metrics, short_reason
+from ..metrics.registry import Arrival, Fetched, Metrics, short_reason
 from ..prompt.bodies import Request
 from ..values import Plan
 from .fetches import Fetches
@@ -156,7 +156,8 @@ class Steps:
             self._costs.observe_transfer(source, target, moved, seconds, beside)
         for i, answer in zip(missing, answers, strict=True):
             if isinstance(answer, FetchResult):
-                self._book(source, target, answer, result)
+                promised = holdings.movable(i, source) if pages is None else pages
+                self._book(Fetched(source, target, answer, promised), result)
                 readable[i] = answer.readable_pages
             elif isinstance(answer, MemServeError):
                 self._failed("fetch", f"{target} fetching from {source}", answer, result)
@@ -217,7 +218,9 @@ class Steps:
                 continue
             error = task.exception()
             if error is None:
-                self._book(prefill, decode, task.result(), result)
+                whole = len(keyed.chains[i].keys)
+                promised = whole if computed else holdings.movable(i, prefill)
+                self._book(Fetched(prefill, decode, task.result(), promised), result)
                 readable[i] = task.result().readable_pages
             elif isinstance(error, MemServeError):
                 self._failed("fetch", f"{decode} fetching from {prefill}", error, result)
@@ -259,16 +262,12 @@ class Steps:
 
     # -- booking --
 
-    def _book(
-        self,
-        source: InstanceId,
-        target: InstanceId,
-        answer: FetchResult,
-        result: Result,
-    ) -> None:
-        result.fetched.append(Fetched(source, target, answer))
-        if answer.readable_pages < answer.requested_pages:
-            note = f"fetched {answer.readable_pages}/{answer.requested_pages}: {answer.outcome}"
+    def _book(self, fetched: Fetched, result: Result) -> None:
+        result.fetched.append(fetched)
+        answer, arrival = fetched.result, fetched.arrival
+        if arrival is not Arrival.WHOLE:
+            why = answer.outcome if arrival is Arrival.SHORT else arrival.value
+            note = f"fetched {answer.readable_pages}/{answer.requested_pages}: {why}"
             result.notes.append(note)
 
     def _failed(self, step: str, what: str, error: MemServeError | str, result: Result) -> None:

@@ -29,3 +29,12 @@ def test_ranks_and_sources_are_merged() -> None:
         SourceResult("gone", 0, "peer_unreachable", "why"),
         SourceResult("b", 0, "x"),
     ]
+
+
+def test_the_outcome_is_that_of_the_rank_with_the_fewest_pages() -> None:
+    """What fails behind the first hole is not why the hole is there, in whatever order."""
+    ahead = FetchReply(0, 7, 7, 700, 1.0, "miss", [SourceReply("a", 7, "miss")])
+    behind = FetchReply(0, 3, 3, 300, 1.0, "transfer_failed", [SourceReply("a", 3, "failed")])
+    for replies in ([ahead, behind], [behind, ahead]):
+        result = _merge(replies, [FetchSource("a")], {}, 9)
+        assert (result.readable_pages, result.outcome) == (3, "transfer_failed")

@@ -400,7 +400,8 @@ def _merge(
     requested_pages: int,
 ) -> FetchResult:
     """``lost``: sources that were not asked, and why."""
-    incomplete = [reply.outcome for reply in replies if reply.outcome != "complete"]
+    # The outcome says why the first page that is not readable is not: that is this rank's page.
+    furthest_back = min(replies, key=lambda reply: reply.readable_pages)
     of_ranks = iter(zip(*(reply.sources for reply in replies), strict=False))
     results: list[SourceResult] = []
     for index, source in enumerate(sources):
@@ -424,7 +425,7 @@ def _merge(
         fetched_pages=max(reply.fetched_pages for reply in replies),
         fetched_bytes=sum(reply.fetched_bytes for reply in replies),
         seconds=max(reply.seconds for reply in replies),
-        outcome=incomplete[0] if incomplete else "complete",
+        outcome=furthest_back.outcome,
         sources=results,
     )
 

@@ -41,7 +41,9 @@ export function showLanes(state, names) {
       swatch(names.color(pair.target)), names.short(pair.target)),
     el("td", { class: "number" }, bytes(pair.bytes)),
     el("td", { class: "number" }, pair.seconds > 0 ? `${bytes(pair.bytes / pair.seconds)}/s` : "–"),
-    el("td", { class: "number" }, count(pair.fetches), pair.short ? el("span", { class: "warn" }, ` (${pair.short} short)`) : null),
+    el("td", { class: "number" }, count(pair.fetches),
+      pair.partial ? el("span", { class: "quiet" }, ` (${pair.partial} partial)`) : null,
+      pair.short ? el("span", { class: "warn" }, ` (${pair.short} short)`) : null),
     el("td", { class: "number quiet" }, pair.idle_s < 1 ? "now" : `${duration(pair.idle_s)} ago`)));
   const head = el("thead", {}, el("tr", {}, ["From → to", "Bytes", "Speed", "Fetches", "Last"].map((name, i) =>
     el("th", { scope: "col", class: i ? "number" : null }, name))));
