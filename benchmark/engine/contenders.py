@@ -1,10 +1,13 @@
 """The servers that are compared: each a real process, bound to the same cores, asked the same way.
 
 All speak ``/v1/completions`` with token ids and streams, so that one client measures all of them.
+Only the one that is asked runs (``alone``): others go on polling for a while after an answer, vLLM
+for a second, and would take half of the cores from the next one.
 """
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -13,11 +16,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import requests
 from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.cluster.process import Command, GuardedProcess
 
 START_LIMIT_S = 420.0
+# For what is overdue after standing still: timers, health checks.
+SETTLE_S = 0.3
 MODEL_NAME = "model"
 
 
@@ -34,6 +40,7 @@ class Contender:
 class Running:
     name: str
     url: str
+    pid: int
 
 
 def memserve(model: Path, threads: int, name: str = "memserve") -> Contender:
@@ -97,8 +104,31 @@ def running(
             process = stack.enter_context(GuardedProcess(command))
             url = f"http://127.0.0.1:{port}"
             _await_health(process, url)
-            servers.append(Running(contender.name, url))
+            servers.append(Running(contender.name, url, process.pid))
         yield servers
+
+
+@contextmanager
+def alone(server: Running, servers: Sequence[Running]) -> Iterator[None]:
+    """While this lasts, all processes of the other servers stand still."""
+    others = [
+        process
+        for other in servers
+        if other is not server
+        for process in _tree(psutil.Process(other.pid))
+    ]
+    try:
+        for process in others:
+            process.send_signal(signal.SIGSTOP)
+        time.sleep(SETTLE_S)
+        yield
+    finally:
+        for process in others:
+            process.send_signal(signal.SIGCONT)
+
+
+def _tree(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
 
 
 def _await_health(process: GuardedProcess, url: str) -> None:

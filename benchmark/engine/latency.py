@@ -2,7 +2,7 @@
 
 Prompts of random token ids. *computed*: a prompt nobody has seen; *cached*: the same prompt again,
 so that all but the last page (stock and ours: 16 tokens) are found. Decoding is timed from the
-first token to the last, by the client.
+first token to the last, by the client. The servers that are not asked stand still meanwhile.
 
     PYTHONPATH=. python -m benchmark.engine.latency [--cores 0] [--vllm PYTHON] [--json FILE]
 """
@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 from benchmark.engine.contenders import (
     MODEL_NAME,
     Running,
+    alone,
     memserve,
     running,
     stock,
@@ -107,19 +108,20 @@ class Measured:
             ids = self._ids(length)
             for what in ("computed", "cached"):
                 for server in servers:
-                    self._add(
-                        f"ttft {length} {what}, ms", server, 1e3 * ask(server, ids, 1).first_s
-                    )
+                    with alone(server, servers):
+                        timed = ask(server, ids, 1)
+                    self._add(f"ttft {length} {what}, ms", server, 1e3 * timed.first_s)
         for length in (SHORT, LONG):
             ids = self._ids(length)
             for server in servers:
-                timed = ask(server, ids, self._new_tokens)
+                with alone(server, servers):
+                    timed = ask(server, ids, self._new_tokens)
                 self._add(f"decode at {length}, ms a token", server, 1e3 * timed.per_token_s)
         prompts = [self._ids(SHORT) for _ in range(STREAMS)]
         for server in servers:
-            self._add(
-                f"decode {STREAMS} streams, tokens/s", server, self._together(server, prompts)
-            )
+            with alone(server, servers):
+                rate = self._together(server, prompts)
+            self._add(f"decode {STREAMS} streams, tokens/s", server, rate)
 
     def _together(self, server: Running, prompts: list[list[int]]) -> float:
         started = time.perf_counter()

@@ -29,7 +29,7 @@ std::int64_t attended_width(const DecoderLayer &layer) {
 struct Buffers {
     std::uint8_t *qkv, *attended, *gate_up, *gated;
 
-    // Kept a thread, as large as its largest call: at most 16 rows of a layer.
+    // Kept a thread, as large as its largest call: at most `most_thin_rows` of a layer.
     Buffers(const DecoderLayer &layer, std::int64_t rows) {
         thread_local std::vector<std::uint8_t> memory;
         const std::int64_t widths[] = {layer.qkv.n, attended_width(layer), layer.gate_up.n,

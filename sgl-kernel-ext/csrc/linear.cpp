@@ -137,7 +137,7 @@ void check_weight(const ThinWeight &weight) {
 
 void check_call(const ThinWeight &weight, const ThinCall &call) {
     if (call.rows < 1 || call.rows > most_thin_rows) {
-        refuse(std::to_string(call.rows) + " rows are not in 1..16");
+        refuse(std::to_string(call.rows) + " rows are not in 1.." + std::to_string(most_thin_rows));
     }
     check_rows("x", call.x, call.rows, weight.k, call.x_stride, weight.dtype);
     check_rows("out", call.out, call.rows, weight.n, call.out_stride, weight.dtype);

@@ -8,8 +8,9 @@
 // - many rows of x: lanes are rows of x, which is transposed once a call. A pair of a weight is put in
 //   all lanes: as many products as for 16 rows the other way, and no shuffles.
 //
-// Either way a whole line of each weight row is read at once: with rows a multiple of 4 KiB apart, 16
-// of them do not fit the first-level cache together.
+// Many rows are blocks of 16, the last one filled up with zeros: three share a reading of a panel of
+// weight rows, more of them take turns while it is in the cache. Either way a whole line of each weight row is read at once: with rows a multiple of
+// 4 KiB apart, 16 of them do not fit the first-level cache together.
 #include "memserve/linear.h"
 
 #if defined(__x86_64__)
@@ -23,6 +24,8 @@ namespace {
 
 constexpr std::int64_t panel = 16;       // outputs at a time
 constexpr std::int64_t step = 32;        // of k at a time: one line of each weight row
+constexpr std::int64_t block_rows = 16;  // of x
+constexpr std::int64_t most_blocks = 3;  // that share a reading of the weights
 constexpr std::int64_t few_rows = 10;    // measured: from here on the second way is faster
 constexpr std::int64_t ahead_bytes = 1024;
 
@@ -64,36 +67,40 @@ MEMSERVE_AVX512_BF16 MEMSERVE_INLINE __m512 add_pairs(__m512 acc, __m512i pairs,
                             reinterpret_cast<__m512bh>(_mm512_set1_epi32(same)));
 }
 
-// 16 weight rows, walked along k. The walk goes on in the next panel's rows, which lie
-// `panel * stride` further: that is what is prefetched near the end.
+// `count` weight rows, walked along k. The walk goes on in the rows after them: that is what is
+// prefetched near the end.
 struct Walk {
     const std::uint8_t *weight;
     std::int64_t stride_bytes;
     std::int64_t row_bytes;
+    bool again;  // walked before: the rows are in the cache, and so is the start of the next ones
 
+    template <int count>
     MEMSERVE_AVX512_BF16 MEMSERVE_INLINE void prefetch(std::int64_t at_byte) const {
+        if (again) return;
         std::int64_t offset = at_byte + std::min(ahead_bytes, row_bytes);
-        if (offset >= row_bytes) offset += panel * stride_bytes - row_bytes;
+        if (offset >= row_bytes) offset += count * stride_bytes - row_bytes;
         // As a number: near the end of the weights it points beyond them.
         const std::uintptr_t from = reinterpret_cast<std::uintptr_t>(weight) +
                                     static_cast<std::uintptr_t>(offset);
 #pragma GCC unroll 16
-        for (std::int64_t row = 0; row < panel; ++row) {
+        for (std::int64_t row = 0; row < count; ++row) {
             const auto at = from + static_cast<std::uintptr_t>(row * stride_bytes);
             _mm_prefetch(reinterpret_cast<const char *>(at), _MM_HINT_T0);
         }
     }
 
-    MEMSERVE_AVX512_BF16 MEMSERVE_INLINE void load(__m512i (&lines)[16], std::int64_t at_byte,
+    template <int count>
+    MEMSERVE_AVX512_BF16 MEMSERVE_INLINE void load(__m512i (&lines)[count], std::int64_t at_byte,
                                                    __mmask32 lanes) const {
         const std::uint8_t *from = weight + at_byte;
         if (lanes == ~__mmask32{0}) {
 #pragma GCC unroll 16
-            for (int row = 0; row < panel; ++row) {
+            for (int row = 0; row < count; ++row) {
                 lines[row] = _mm512_loadu_si512(from + row * stride_bytes);
             }
         } else {
-            for (int row = 0; row < panel; ++row) {
+            for (int row = 0; row < count; ++row) {
                 lines[row] = _mm512_maskz_loadu_epi16(lanes, from + row * stride_bytes);
             }
         }
@@ -106,25 +113,24 @@ MEMSERVE_AVX512_BF16 MEMSERVE_INLINE void store_row(Bf16 *to, __m512 sums, __mma
 
 // One panel: sums[i] are the 16 outputs of row i of x.
 template <int rows>
-MEMSERVE_AVX512_BF16 void few_rows_panel(const Walk &walk, std::int64_t k, const PackedX &x,
-                                         __m512 *sums) {
-    const auto *x_memory = static_cast<const std::uint8_t *>(x.memory);
+MEMSERVE_AVX512_BF16 void few_rows_panel(const Walk &walk, std::int64_t k, const std::uint8_t *x,
+                                         std::int64_t x_row_bytes, __m512 *sums) {
     const std::int64_t block = block_of(k);
     for (std::int64_t start = 0; start < k; start += block) {
         const std::int64_t stop = std::min(k, start + block);
         __m512 acc[rows];
         for (int i = 0; i < rows; ++i) acc[i] = _mm512_setzero_ps();
         for (std::int64_t at = start; at < stop; at += step) {
-            walk.prefetch(at * 2);
+            walk.prefetch<panel>(at * 2);
             __m512i tile[16];
             walk.load(tile, at * 2, first_lanes(stop - at));
             transpose(tile);
-            const std::uint8_t *pairs = x_memory + at * 2;
+            const std::uint8_t *pairs = x + at * 2;
 #pragma GCC unroll 16
             for (int pair = 0; pair < 16; ++pair) {
 #pragma GCC unroll 16
                 for (int i = 0; i < rows; ++i) {
-                    acc[i] = add_pairs(acc[i], tile[pair], pairs + i * x.row_bytes + 4 * pair);
+                    acc[i] = add_pairs(acc[i], tile[pair], pairs + i * x_row_bytes + 4 * pair);
                 }
             }
         }
@@ -134,46 +140,74 @@ MEMSERVE_AVX512_BF16 void few_rows_panel(const Walk &walk, std::int64_t k, const
     }
 }
 
-MEMSERVE_AVX512_BF16 void many_rows_panel(const Walk &walk, std::int64_t k, const PackedX &x,
-                                          __m512 *sums) {
-    const auto *x_memory = static_cast<const std::uint8_t *>(x.memory);
+// `outputs` of a panel for `blocks` of 16 rows of x, which are transposed: a weight's pair that was put
+// in all lanes serves every block. sums[block * panel + i] are the 16 rows' sums of output i.
+template <int blocks, int outputs>
+MEMSERVE_AVX512_BF16 void block_sums(const Walk &walk, std::int64_t k, const std::uint8_t *x,
+                                     std::int64_t block_bytes, __m512 *sums) {
     const std::int64_t block = block_of(k);
-    __m512i sums_of_output[16] = {};
     for (std::int64_t start = 0; start < k; start += block) {
         const std::int64_t stop = std::min(k, start + block);
-        __m512 acc[16];
-        for (int i = 0; i < 16; ++i) acc[i] = _mm512_setzero_ps();
+        __m512 acc[outputs][blocks];
+        for (auto &output : acc) {
+            for (__m512 &sum : output) sum = _mm512_setzero_ps();
+        }
         for (std::int64_t at = start; at < stop; at += step) {
-            walk.prefetch(at * 2);
-            alignas(64) std::uint8_t lines[16][64];
+            walk.prefetch<outputs>(at * 2);
+            alignas(64) std::uint8_t lines[outputs][64];
             {
-                __m512i loaded[16];
+                __m512i loaded[outputs];
                 walk.load(loaded, at * 2, first_lanes(stop - at));
-                for (int i = 0; i < 16; ++i) _mm512_store_si512(lines[i], loaded[i]);
+                for (int i = 0; i < outputs; ++i) _mm512_store_si512(lines[i], loaded[i]);
             }
-            const std::uint8_t *pairs = x_memory + at / 2 * 64;
+            const std::uint8_t *pairs = x + at * 32;
 #pragma GCC unroll 2
             for (int pair = 0; pair < 16; ++pair) {
-                const __m512i x_pairs = _mm512_load_si512(pairs + pair * 64);
+                __m512i x_pairs[blocks];
+#pragma GCC unroll 4
+                for (int b = 0; b < blocks; ++b) {
+                    x_pairs[b] = _mm512_load_si512(pairs + b * block_bytes + pair * 64);
+                }
 #pragma GCC unroll 16
-                for (int i = 0; i < 16; ++i) {
-                    acc[i] = add_pairs(acc[i], x_pairs, lines[i] + 4 * pair);
+                for (int i = 0; i < outputs; ++i) {
+#pragma GCC unroll 4
+                    for (int b = 0; b < blocks; ++b) {
+                        acc[i][b] = add_pairs(acc[i][b], x_pairs[b], lines[i] + 4 * pair);
+                    }
                 }
             }
         }
-        for (int i = 0; i < 16; ++i) {
-            const __m512 before = _mm512_castsi512_ps(sums_of_output[i]);
-            const __m512 sum = start == 0 ? acc[i] : _mm512_add_ps(before, acc[i]);
-            sums_of_output[i] = _mm512_castps_si512(sum);
+        for (int i = 0; i < outputs; ++i) {
+            for (int b = 0; b < blocks; ++b) {
+                __m512 &sum = sums[b * panel + i];
+                sum = start == 0 ? acc[i][b] : _mm512_add_ps(sum, acc[i][b]);
+            }
         }
     }
-    transpose(sums_of_output);
-    for (int i = 0; i < 16; ++i) sums[i] = _mm512_castsi512_ps(sums_of_output[i]);
 }
 
-using Panel = void (*)(const Walk &, std::int64_t, const PackedX &, __m512 *);
+// One panel: sums[row] are the 16 outputs of that row of the blocks.
+template <int blocks>
+MEMSERVE_AVX512_BF16 void block_panel(const Walk &walk, std::int64_t k, const std::uint8_t *x,
+                                      std::int64_t block_bytes, __m512 *sums) {
+    // As many accumulators as there are registers for.
+    constexpr int outputs = blocks == 1 ? 16 : 8;
+    Walk part = walk;
+    for (int first = 0; first < panel; first += outputs) {
+        block_sums<blocks, outputs>(part, k, x, block_bytes, sums + first);
+        part.weight += outputs * walk.stride_bytes;
+    }
+    for (int b = 0; b < blocks; ++b) {
+        __m512i tile[16];
+        for (int i = 0; i < 16; ++i) tile[i] = _mm512_castps_si512(sums[b * panel + i]);
+        transpose(tile);
+        for (int i = 0; i < 16; ++i) sums[b * panel + i] = _mm512_castsi512_ps(tile[i]);
+    }
+}
 
-Panel panel_for(std::int64_t rows) {
+using Panel = void (*)(const Walk &, std::int64_t, const std::uint8_t *, std::int64_t, __m512 *);
+
+Panel few_panel_for(std::int64_t rows) {
     switch (rows) {
         case 1: return few_rows_panel<1>;
         case 2: return few_rows_panel<2>;
@@ -184,15 +218,27 @@ Panel panel_for(std::int64_t rows) {
         case 7: return few_rows_panel<7>;
         case 8: return few_rows_panel<8>;
         case 9: return few_rows_panel<9>;
-        case 10: return few_rows_panel<10>;
-        default: return many_rows_panel;
+        default: return few_rows_panel<10>;
     }
+}
+
+Panel block_panel_for(std::int64_t blocks) {
+    switch (blocks) {
+        case 1: return block_panel<1>;
+        case 2: return block_panel<2>;
+        default: return block_panel<3>;
+    }
+}
+
+// Of `left` blocks: four are two and two, not three and one.
+std::int64_t blocks_at_once(std::int64_t left) {
+    return left == 4 ? 2 : std::min(left, most_blocks);
 }
 
 // Whole steps of k, zero beyond k.
 std::int64_t padded(std::int64_t k) { return (k + step - 1) / step * step; }
 
-// Kept a thread: the largest call's, at most 16 rows.
+// Kept a thread: the largest call's.
 std::uint8_t *scratch(std::size_t bytes, int which) {
     thread_local std::vector<std::uint8_t> memory[2];
     std::vector<std::uint8_t> &chosen = memory[which];
@@ -201,21 +247,18 @@ std::uint8_t *scratch(std::size_t bytes, int which) {
     return chosen.data() + (64 - address % 64) % 64;
 }
 
-MEMSERVE_AVX512_BF16 PackedX transposed_x(const ThinCall &call, std::int64_t k) {
-    const std::int64_t width = padded(k);
-    std::uint8_t *memory = scratch(static_cast<std::size_t>(width * 32), 0);
-    const auto *x = static_cast<const Bf16 *>(call.x);
+MEMSERVE_AVX512_BF16 void transpose_rows(const Bf16 *x, std::int64_t stride, std::int64_t rows,
+                                         std::int64_t k, std::uint8_t *to) {
     for (std::int64_t at = 0; at < k; at += step) {
         __m512i tile[16];
         const __mmask32 lanes = first_lanes(k - at);
         for (int i = 0; i < 16; ++i) {
-            tile[i] = i < call.rows ? _mm512_maskz_loadu_epi16(lanes, x + i * call.x_stride + at)
-                                    : _mm512_setzero_si512();
+            tile[i] = i < rows ? _mm512_maskz_loadu_epi16(lanes, x + i * stride + at)
+                               : _mm512_setzero_si512();
         }
         transpose(tile);
-        for (int i = 0; i < 16; ++i) _mm512_store_si512(memory + at * 32 + i * 64, tile[i]);
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + at * 32 + i * 64, tile[i]);
     }
-    return {memory, 0};
 }
 
 // Fewer outputs than a panel: their rows, and zeros for the others.
@@ -228,29 +271,40 @@ Walk padded_walk(const ThinWeight &weight) {
         std::memcpy(memory + row * row_bytes, from + row * weight.stride,
                     static_cast<std::size_t>(row_bytes));
     }
-    return {memory, row_bytes, row_bytes};
+    return {memory, row_bytes, row_bytes, false};
 }
 
 }  // namespace
 
 PackedX pack_x(const ThinWeight &weight, const ThinCall &call) {
-    if (call.rows > few_rows) return transposed_x(call, weight.k);
-    if (weight.k % step == 0) return {call.x, call.x_stride * 2};
-    const std::int64_t row_bytes = padded(weight.k) * 2;
-    std::uint8_t *memory = scratch(static_cast<std::size_t>(row_bytes * call.rows), 0);
     const auto *x = static_cast<const Bf16 *>(call.x);
+    const std::int64_t row_bytes = padded(weight.k) * 2;
+    if (call.rows > few_rows) {
+        const std::int64_t blocks = (call.rows + block_rows - 1) / block_rows;
+        const std::int64_t bytes = row_bytes * block_rows;
+        std::uint8_t *memory = scratch(static_cast<std::size_t>(bytes * blocks), 0);
+        for (std::int64_t block = 0; block < blocks; ++block) {
+            const std::int64_t first = block * block_rows;
+            transpose_rows(x + first * call.x_stride, call.x_stride, call.rows - first, weight.k,
+                           memory + block * bytes);
+        }
+        return {memory, bytes, blocks};
+    }
+    if (weight.k % step == 0) {
+        return {reinterpret_cast<const std::uint8_t *>(x), call.x_stride * 2, 0};
+    }
+    std::uint8_t *memory = scratch(static_cast<std::size_t>(row_bytes * call.rows), 0);
     for (std::int64_t row = 0; row < call.rows; ++row) {
         std::uint8_t *to = memory + row * row_bytes;
         std::memcpy(to, x + row * call.x_stride, static_cast<std::size_t>(weight.k * 2));
         std::memset(to + weight.k * 2, 0, static_cast<std::size_t>(row_bytes - weight.k * 2));
     }
-    return {memory, row_bytes};
+    return {memory, row_bytes, 0};
 }
 
 MEMSERVE_AVX512_BF16 void thin_panels_bf16(const ThinWeight &weight, const ThinCall &call,
                                            const PackedX &packed, std::int64_t first,
                                            std::int64_t last) {
-    const Panel work = panel_for(call.rows);
     const auto *rows = static_cast<const Bf16 *>(weight.weight);
     const auto *bias = static_cast<const Bf16 *>(weight.bias);
     auto *out = static_cast<Bf16 *>(call.out);
@@ -258,20 +312,28 @@ MEMSERVE_AVX512_BF16 void thin_panels_bf16(const ThinWeight &weight, const ThinC
         const std::int64_t wanted = std::min(panel, last - at);
         // A last panel that is not whole starts earlier, and what it computes again is not stored.
         const std::int64_t from = weight.n < panel ? 0 : std::min(at, weight.n - panel);
-        const Walk walk = weight.n < panel
-                              ? padded_walk(weight)
-                              : Walk{reinterpret_cast<const std::uint8_t *>(
-                                         rows + from * weight.stride),
-                                     weight.stride * 2, weight.k * 2};
+        Walk walk = weight.n < panel
+                        ? padded_walk(weight)
+                        : Walk{reinterpret_cast<const std::uint8_t *>(rows + from * weight.stride),
+                               weight.stride * 2, weight.k * 2, false};
         const auto lanes = static_cast<__mmask16>(
             first_lanes(at - from + wanted) & ~first_lanes(at - from));
-        __m512 sums[16];
-        work(walk, weight.k, packed, sums);
-        for (std::int64_t i = 0; i < call.rows; ++i) {
-            if (bias != nullptr) {
-                sums[i] = _mm512_add_ps(sums[i], load_bf16x16(bias + from, lanes));
+        __m512 sums[most_blocks * block_rows];
+        for (std::int64_t row = 0, count; row < call.rows; row += count) {
+            const std::int64_t block = row / block_rows;
+            const std::int64_t blocks = blocks_at_once(packed.blocks - block);
+            const std::int64_t rows_at_once = packed.blocks == 0 ? few_rows : blocks * block_rows;
+            count = std::min(rows_at_once, call.rows - row);
+            const Panel work = packed.blocks == 0 ? few_panel_for(count) : block_panel_for(blocks);
+            work(walk, weight.k, packed.memory + block * packed.stride_bytes, packed.stride_bytes,
+                 sums);
+            for (std::int64_t i = 0; i < count; ++i) {
+                if (bias != nullptr) {
+                    sums[i] = _mm512_add_ps(sums[i], load_bf16x16(bias + from, lanes));
+                }
+                store_row(out + (row + i) * call.out_stride + from, sums[i], lanes);
             }
-            store_row(out + i * call.out_stride + from, sums[i], lanes);
+            walk.again = true;
         }
     }
 }

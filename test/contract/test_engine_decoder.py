@@ -276,7 +276,7 @@ def test_what_is_out_of_bounds_writes_nothing(source: Any, spoil: Callable[[Mode
         {"positions": 0},
         {"rows": 0},
         {"rows": 2},
-        {"rows": 17},
+        {"rows": 129},
         {"threads": 0},
         {"threads": 257},
     ],

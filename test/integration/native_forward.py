@@ -25,8 +25,8 @@ from sglang.srt.layers.quantization.unquant import (
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs, prepare_server_args
 
-# Of one batch: 3 new rows, 14, and 45; the first two can take the short way.
-BATCHES = ([3], [8, 5, 1], [40, 5])
+# New rows of one batch: up to 128 go in a call a layer, more in parts.
+BATCHES = ([3], [8, 5, 1], [40, 5], [128], [120, 9], [300], [3] * 20)
 STEPS = 4
 
 

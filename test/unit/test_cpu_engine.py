@@ -19,7 +19,7 @@ from sglang.srt.layers.quantization.unquant import (  # noqa: E402
 )
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding  # noqa: E402
 from sglang_memserve.kernels import native  # noqa: E402
-from sglang_memserve.plugin.cpu_engine import few_rows, fused_ops, linears  # noqa: E402
+from sglang_memserve.plugin.cpu_engine import fused_ops, linears, straight  # noqa: E402
 
 pytestmark = pytest.mark.skipif(native() is None, reason="no native code")
 
@@ -203,5 +203,5 @@ def test_a_model_of_another_kind_keeps_its_forward() -> None:
     assert ops is not None
     model = torch.nn.Module()
     model.model = torch.nn.Linear(2, 2)
-    problem = few_rows.install(model, ops)
+    problem = straight.install(model, ops)
     assert problem is not None and "Linear is none of LlamaModel, Qwen2Model" in problem

@@ -185,6 +185,14 @@ class MemServeCpuAttention(AttentionBackend):
             return None
         return self._native.parts(layer)
 
+    def attend_natively(
+        self, layer: RadixAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """``[rows, q_heads * v_dim]`` of a layer that ``native_parts`` has for this pass; ``k`` and
+        ``v`` are written to the pool."""
+        assert self._native is not None
+        return self._native.attend(layer, q, k, v)
+
     def _attend_natively(
         self,
         q: torch.Tensor,

@@ -1,5 +1,7 @@
-// Thin linear layers: out[m, n] = x[m, k] . weight[n, k]^T (+ bias), for 1 to 16 rows of x, where
-// reading the weights is what costs. The weights are read in place, as torch keeps them.
+// Thin linear layers: out[m, n] = x[m, k] . weight[n, k]^T (+ bias), for few rows of x: up to 16,
+// where reading the weights is what costs, and up to 128, where libraries that pack the weights for
+// each call still lose more by that than they gain. The weights are read in place, as torch keeps
+// them.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +11,7 @@
 
 namespace memserve {
 
-constexpr std::int64_t most_thin_rows = 16;
+constexpr std::int64_t most_thin_rows = 128;
 
 // Row j of the weights starts at `weight + j * stride` elements; `bias` is nullptr or n elements.
 struct ThinWeight {
@@ -49,8 +51,9 @@ void thin_linear(const ThinWeight &weight, const ThinCall &call, unsigned thread
 // Weight rows [first, last) of a bf16 layer, for `Isa::avx512_bf16`. `packed` is what `pack_x` made
 // of the call's rows.
 struct PackedX {
-    const void *memory;
-    std::int64_t row_bytes;  // 0: transposed
+    const std::uint8_t *memory;
+    std::int64_t stride_bytes;  // from row to row, or from block to block
+    std::int64_t blocks;        // of 16 rows, transposed; 0: rows as they are
 };
 PackedX pack_x(const ThinWeight &weight, const ThinCall &call);
 void thin_panels_bf16(const ThinWeight &weight, const ThinCall &call, const PackedX &packed,

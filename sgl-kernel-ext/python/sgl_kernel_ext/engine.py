@@ -32,7 +32,7 @@ class ThinLinear(Protocol):
     def apply(
         self, x: int, rows: int, x_stride: int, out: int, out_stride: int, threads: int
     ) -> None:
-        """``out[i] = x[i] . weight^T (+ bias)`` for ``rows`` rows (1..16): ``x`` ``[rows, k]`` and
+        """``out[i] = x[i] . weight^T (+ bias)`` for ``rows`` rows (1..128): ``x`` ``[rows, k]`` and
         ``out`` ``[rows, n]``, of the weight's dtype, rows any distance apart, no overlap. At most
         ``threads`` threads (1..256). Lets go of the GIL from 64 KiB of weights on.
 
@@ -189,7 +189,7 @@ def gate(
 
 
 class DecoderLayer(Protocol):
-    """One layer, for 1 to 16 rows of new tokens.
+    """One layer, for 1 to 128 rows of new tokens.
 
     ``hidden`` and ``residual`` ``[rows, width]`` of the layer's dtype, any distance apart, are read
     and written: what comes out as ``hidden`` is the output of the MLP, which the next layer (or the

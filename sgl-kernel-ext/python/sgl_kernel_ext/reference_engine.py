@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from .tables import Activation, Dtype, NormForm, RotaryStyle
 
 MOST_THREADS = 256
-MOST_THIN_ROWS = 16
+MOST_THIN_ROWS = 128
 
 _STORED: dict[Dtype, type[np.generic]] = {
     Dtype.BF16: np.uint16,

@@ -7,7 +7,7 @@ nothing.
     dtypes     element types, torch's and ours
     linears    products of few rows, the head included
     fused_ops  norms, rotary embedding, gated activations
-    few_rows   a whole forward of few rows, without SGLang's layers between the ops
+    straight   a whole forward, without SGLang's layers between the ops
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ def install(model: torch.nn.Module) -> None:
     if native is None:
         return
     # Needs SGLang's models, which need its model runner.
-    from . import few_rows
+    from . import straight
 
     count = linears.install(model, native)
-    problem = few_rows.install(model, native)
+    problem = straight.install(model, native)
     log.info(
-        "native operations: %d linear layers; few rows go %s",
+        "native operations: %d linear layers; passes go %s",
         count,
         "straight through" if problem is None else f"layer by layer ({problem})",
     )

@@ -154,7 +154,7 @@ def silu_and_mul(self: Any, x: torch.Tensor) -> torch.Tensor:
     """``SiluAndMul.forward``. ``[..., 2n]`` to ``[..., n]``."""
     ops = native()
     assert ops is not None
-    done = _gate(x, ops.Activation.SILU)
+    done = gate(x, ops.Activation.SILU)
     return self.forward_native(x) if done is None else done
 
 
@@ -162,11 +162,12 @@ def gelu_and_mul(self: Any, x: torch.Tensor) -> torch.Tensor:
     """``GeluAndMul.forward``; the exact form stays torch's."""
     ops = native()
     assert ops is not None
-    done = _gate(x, ops.Activation.GELU_TANH) if self.approximate == "tanh" else None
+    done = gate(x, ops.Activation.GELU_TANH) if self.approximate == "tanh" else None
     return self.forward_native(x) if done is None else done
 
 
-def _gate(x: torch.Tensor, activation: Any) -> torch.Tensor | None:
+def gate(x: torch.Tensor, activation: Any) -> torch.Tensor | None:
+    """``[..., 2n]`` to ``[..., n]``; None where it is not ours to compute."""
     ops, dtype = native(), dtype_of(x)
     if dtype is None or x.numel() == 0 or x.shape[-1] % 2 or not x.is_contiguous():
         return None

@@ -1,10 +1,14 @@
-"""A whole forward of few rows through a llama-class model, a native call a layer.
+"""A whole forward through a llama-class model without SGLang's modules between the operations.
 
-Decoding is bound by reading the weights, 8 ms a token for a model of 270 MB; walking 30 layers of
-modules in Python costs another 4. Up to ``MOST_ROWS`` rows therefore take the way below: the same
-native ops in the same order, so that the results are those of the way through SGLang's layers, bit
-for bit. Everything else takes SGLang's own way: more rows, adapters, captured hidden states,
-several ranks, embeddings as input, a quantised or otherwise changed layer.
+Walking 30 layers of modules in Python costs 15 ms a pass of a model whose weights are read in 8.
+So, from the embedding to the last norm:
+
+- Up to 128 rows, as decoding and what a cache hit leaves have: one native call a layer.
+- More rows: the same native ops, with torch's products between them.
+
+These are the ops of SGLang's own way, in the same order, so that the results are the same, bit for
+bit. Everything else takes SGLang's way: adapters, captured hidden states, several ranks, embeddings
+as input, a quantised or otherwise changed layer.
 """
 
 from __future__ import annotations
@@ -29,12 +33,12 @@ from sglang.srt.models.qwen2 import (
 from sglang.srt.runtime_context import get_parallel
 
 from ..attention import MemServeCpuAttention
-from .fused_ops import prepared_norm, prepared_rotary
-from .linears import MOST_ROWS, ThinLinearMethod
+from .fused_ops import gate, prepared_norm, prepared_rotary
+from .linears import MOST_ROWS, MOST_SAME_ROWS, ThinLinearMethod
 
 if TYPE_CHECKING:
-    from sgl_kernel_ext.attention import PagedAttention
-    from sgl_kernel_ext.engine import DecoderLayer, RmsNorm
+    from sgl_kernel_ext.attention import AttentionPlan, PagedAttention
+    from sgl_kernel_ext.engine import DecoderLayer, RmsNorm, Rotary
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from ...kernels import Native
@@ -48,10 +52,13 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer: SGLang's attention module, and the native op with the attention it was made of."""
+    """SGLang's layer, its native parts, and the op that is all of it."""
 
     module: Any
+    input_norm: RmsNorm
+    rotary: Rotary
     attention: PagedAttention
+    post_norm: RmsNorm
     op: DecoderLayer
 
 
@@ -76,16 +83,16 @@ class _Held:
 
 
 def install(model: torch.nn.Module, native: Native) -> str | None:
-    """Let few rows take the short way through ``model``; the reason why not, where they cannot."""
+    """Let passes go straight through ``model``; the reason why not, where they cannot."""
     body: Any = getattr(model, "model", None)
     problem = _problem(body)
     if problem is None:
-        body.forward = FewRows(body, native)
+        body.forward = StraightThrough(body, native)
     return problem
 
 
 def _problem(body: Any) -> str | None:
-    """Why the layers of ``body`` are not such as ``FewRows`` knows."""
+    """Why the layers of ``body`` are not such as ``StraightThrough`` knows."""
     if type(body) not in _KINDS:
         return f"{type(body).__name__} is none of {', '.join(kind.__name__ for kind in _KINDS)}"
     if get_parallel().tp_size != 1:
@@ -148,7 +155,7 @@ def _is(thing: object, kind: type) -> bool:
     return type(thing) is kind
 
 
-class FewRows:
+class StraightThrough:
     """Takes the place of a model body's ``forward``."""
 
     def __init__(self, body: Any, native: Native) -> None:
@@ -179,7 +186,13 @@ class FewRows:
         """``[rows, hidden]``, normed: what SGLang's forward of the body returns."""
         ids_alone = input_embeds is None and pp_proxy_tensors is None
         if ids_alone and self._takes(input_ids, positions, forward_batch):
-            return self._forward(input_ids, positions)
+            backend = get_attn_backend()
+            most_rows = MOST_ROWS if backend.decoding else 0
+            if self._same_bits:
+                most_rows = MOST_SAME_ROWS
+            few = len(input_ids) <= most_rows
+            way = self._in_a_call_a_layer if few else self._part_by_part
+            return way(input_ids, positions, backend)
         return self._long_way(
             input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors=pp_proxy_tensors
         )
@@ -188,7 +201,7 @@ class FewRows:
         self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
     ) -> bool:
         return (
-            0 < len(input_ids) <= MOST_ROWS
+            len(input_ids) > 0
             and forward_batch.forward_mode in (ForwardMode.DECODE, ForwardMode.EXTEND)
             and forward_batch.spec_info is None
             and positions.dim() == 1
@@ -241,7 +254,7 @@ class FewRows:
                 for layer in body.layers
                 for linear in _linears_of(layer)
             )
-        return bool(self._layers) and (backend.decoding or self._same_bits)
+        return bool(self._layers)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -276,41 +289,78 @@ class FewRows:
             down,
             self._native.Activation.SILU,
         )
-        return _Layer(attention.attn, parts[1], op)
+        return _Layer(layer, first_norm, rotary, parts[1], second_norm, op)
 
-    def _forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _in_a_call_a_layer(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, backend: MemServeCpuAttention
+    ) -> torch.Tensor:
         rows, threads = len(input_ids), torch.get_num_threads()
-        backend = get_attn_backend()
         hidden = self._body.embed_tokens(input_ids).contiguous()
         residual = torch.empty_like(hidden)
         width = hidden.shape[1]
         where = (hidden.data_ptr(), width, residual.data_ptr(), width)
         at_positions = positions.data_ptr()
-        for number, layer in enumerate(self._layers):
-            # Waits for the layer's pages where they are being restored.
-            parts = backend.native_parts(layer.module, self._dtype)
-            assert parts is not None, f"layer {number} has no native attention in this pass"
-            plan, attention = parts
-            if attention is not layer.attention:
-                layer = self._made_again(number, backend)
+        for number in range(len(self._layers)):
+            layer, plan = self._ready(number, backend)
             run = layer.op.apply if number else layer.op.apply_first
             run(plan, *where, at_positions, rows, threads)
         assert self._last_norm is not None
-        self._last_norm.add_and_apply(
-            hidden.data_ptr(),
-            width,
-            residual.data_ptr(),
-            width,
-            hidden.data_ptr(),
-            width,
-            rows,
-            threads,
-        )
+        _add_and_norm(self._last_norm, hidden, residual)
         return hidden
 
-    def _made_again(self, number: int, backend: MemServeCpuAttention) -> _Layer:
-        """SGLang has given the pool other memory."""
-        layer = self._made(self._body.layers[number], backend)
-        assert layer is not None, f"layer {number} has no native form any more"
-        self._layers[number] = layer
-        return layer
+    def _part_by_part(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, backend: MemServeCpuAttention
+    ) -> torch.Tensor:
+        rows, threads = len(input_ids), torch.get_num_threads()
+        hidden = self._body.embed_tokens(input_ids).contiguous()
+        residual = hidden.clone()
+        for number in range(len(self._layers)):
+            layer, _ = self._ready(number, backend)
+            attention, mlp = layer.module.self_attn, layer.module.mlp
+            if number:
+                _add_and_norm(layer.input_norm, hidden, residual)
+            else:
+                width = hidden.shape[1]
+                where = hidden.data_ptr(), width
+                layer.input_norm.apply(*where, *where, rows, threads)
+            qkv = _product(attention.qkv_proj, hidden)
+            first_k, first_v = attention.q_size, attention.q_size + attention.kv_size
+            q, k, v = qkv[:, :first_k], qkv[:, first_k:first_v], qkv[:, first_v:]
+            turned = q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0)
+            layer.rotary.apply(positions.data_ptr(), rows, *turned, threads)
+            attended = backend.attend_natively(attention.attn, q, k, v)
+            hidden = _product(attention.o_proj, attended)
+            _add_and_norm(layer.post_norm, hidden, residual)
+            gated = gate(_product(mlp.gate_up_proj, hidden), self._native.Activation.SILU)
+            assert gated is not None, f"layer {number}: a gate of {hidden.dtype}"
+            hidden = _product(mlp.down_proj, gated)
+        assert self._last_norm is not None
+        _add_and_norm(self._last_norm, hidden, residual)
+        return hidden
+
+    def _ready(self, number: int, backend: MemServeCpuAttention) -> tuple[_Layer, AttentionPlan]:
+        """A layer whose pages are there, and the plan of its attention."""
+        layer = self._layers[number]
+        # Waits for the layer's pages where they are being restored.
+        parts = backend.native_parts(layer.module.self_attn.attn, self._dtype)
+        assert parts is not None, f"layer {number} has no native attention in this pass"
+        plan, attention = parts
+        if attention is not layer.attention:
+            # SGLang has given the pool other memory.
+            made = self._made(layer.module, backend)
+            assert made is not None, f"layer {number} has no native form any more"
+            layer = self._layers[number] = made
+        return layer, plan
+
+
+def _product(linear: Any, x: torch.Tensor) -> torch.Tensor:
+    """Of SGLang's linear layer, without what its module does around it for several ranks."""
+    product: torch.Tensor = linear.quant_method.apply(linear, x, linear.bias)
+    return product
+
+
+def _add_and_norm(norm: RmsNorm, hidden: torch.Tensor, residual: torch.Tensor) -> None:
+    """``residual`` becomes the sum, ``hidden`` its norm; both ``[rows, width]``, contiguous."""
+    rows, width = hidden.shape
+    to = hidden.data_ptr(), width
+    norm.add_and_apply(*to, residual.data_ptr(), width, *to, rows, torch.get_num_threads())
