@@ -25,6 +25,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.protocol.events import Snapshot, encode_snapshot
 from sglang_memserve.protocol.handshake import layout_hash
 from sglang_memserve.protocol.http import InstanceInfo, RankInfo
@@ -174,9 +175,8 @@ def quantile(values: Sequence[float], point: int) -> float:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    (port,) = free_ports(1, taken=set())
+    return port
 
 
 async def until_ready(url: str) -> None:

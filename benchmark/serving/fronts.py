@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from sglang_memserve.cluster import probe
+from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.cluster.process import Command, GuardedProcess
 from sglang_memserve.errors import ConfigError
 
-from .servers import Given, RunningFleet, await_ready, free_ports
+from .servers import Given, RunningFleet, await_ready
 from .setups import Engine, Front, FrontKind
 
 _START_LIMIT_S = 90.0
@@ -43,7 +44,7 @@ def _router(front: Front, fleet: RunningFleet) -> Sequence[str]:
 def _peer_router(front: Front, fleet: RunningFleet, given: Given) -> Sequence[str]:
     if given.peer_router is None:
         raise ConfigError("this set-up needs --peer-router PYTHON, with sglang-router installed")
-    (metrics_port,) = free_ports(1)
+    (metrics_port,) = free_ports(1, taken={fleet.front_port})
     argv = [given.peer_router, "-m", "sglang_router.launch_router"]
     argv += ["--worker-urls", *fleet.urls(), "--host", "127.0.0.1"]
     argv += ["--port", str(fleet.front_port), "--prometheus-port", str(metrics_port)]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import requests
 from sglang_memserve.cluster import probe
+from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.cluster.process import Command, GuardedProcess
 from sglang_memserve.errors import ConfigError, MemServeError
 from sglang_memserve.types import Role
@@ -24,26 +23,8 @@ START_LIMIT_S = 420.0
 _FLUSH_LIMIT_S = 30.0
 _POLL_S = 0.3
 _PAGE = 16
-_PORTS = range(12000, 30000)
 # Of one token in SmolLM2-135M's KV cache, all layers.
 TOKEN_BYTES = 30 * 2 * 3 * 64 * 2
-
-
-def free_ports(count: int) -> list[int]:
-    """Below those that the system gives to clients: an engine listens a minute after it was told
-    its port, and by then a connection of somebody else may have that one."""
-    ports: list[int] = []
-    candidates = random.Random().sample(_PORTS, 400)
-    for port in candidates:
-        with socket.socket(socket.AF_INET) as held:
-            try:
-                held.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            return ports
-    raise MemServeError(f"no {count} free ports between {_PORTS.start} and {_PORTS.stop}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +99,7 @@ def start(fleet: Fleet, given: Given, folder: Path) -> Iterator[RunningFleet]:
     from integration.harness import process_environment
 
     cores = sorted(os.sched_getaffinity(0))
-    front_port, *ports = free_ports(1 + len(fleet.roles))
+    front_port, *ports = free_ports(1 + len(fleet.roles), taken=set())
     with ExitStack() as stack:
         environment = stack.enter_context(process_environment())
         processes, instances = [], []
@@ -166,7 +147,7 @@ def _vllm(fleet: Fleet, port: int, tokens: int, given: Given) -> Sequence[str]:
 
 def _vllm_environment(core: int) -> dict[str, str]:
     # The side channel's port is fixed by default, so two instances would collide.
-    (port,) = free_ports(1)
+    (port,) = free_ports(1, taken=set())
     return {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),

@@ -20,6 +20,7 @@ import aiohttp
 import orjson
 import pytest
 import uvicorn
+from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.router.app import running
 from sglang_memserve.router.config import RouterConfig
 from sglang_memserve.router.http.limits import StepDeadlines
@@ -43,7 +44,7 @@ class RouterProcess:
     """A router on a port of its own that can be killed and started again."""
 
     def __init__(self) -> None:
-        self.port = 0
+        self.port = free_ports(1, taken=set())[0]
         self.away_since: float | None = None
         self.away: list[tuple[float, float]] = []
         self._stack = contextlib.AsyncExitStack()
@@ -56,7 +57,6 @@ class RouterProcess:
 
     async def start(self) -> None:
         listener = self._stack.enter_context(listen("127.0.0.1", self.port))
-        self.port = listener.getsockname()[1]
         config = RouterConfig(
             policy="cost", heartbeat_s=0.1, expire_s=2.0, stall_timeout_s=5.0, connect_timeout_s=1.0
         )

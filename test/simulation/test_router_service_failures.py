@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.protocol.http import FetchResult
 from sglang_memserve.router.config import StaticInstance
 from sglang_memserve.router.http.limits import StepDeadlines
@@ -366,9 +367,8 @@ def test_slow_machines_are_given_up_at_the_deadline() -> None:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+    (port,) = free_ports(1, taken=set())
+    return port
 
 
 def run_router(*flags: str) -> subprocess.Popen[str]:

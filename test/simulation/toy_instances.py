@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.hashing import namespace_seed, page_keys, short_key
 from sglang_memserve.protocol.events import BlockStored, Snapshot
 from sglang_memserve.protocol.http import (
@@ -55,7 +56,8 @@ class ToyInstance(Machine):
     # -- living and dying --
 
     async def start(self) -> None:
-        port = int(self.url.rsplit(":", 1)[1]) if self.url else 0
+        # It comes back at its port, which no connection may have taken meanwhile.
+        port = int(self.url.rsplit(":", 1)[1]) if self.url else free_ports(1, taken=set())[0]
         self.boot += 1
         self._held, self._seq = [], -1
         self._thawed.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sglang_memserve.cluster.machine import Machine, free_ports
+from sglang_memserve.cluster.machine import Machine
 from sglang_memserve.cluster.plan import ClusterPlan, dram_bytes, flag_value, make_plan
 from sglang_memserve.errors import ConfigError
 from sglang_memserve.launch_cluster import parse
@@ -142,8 +142,3 @@ def test_dram_shares_are_whole_and_bounded() -> None:
     assert dram_bytes(rich, 2) == 2 * 2**30
     assert dram_bytes(with_gpu, 2) == 64 * 2**30
     assert dram_bytes(CPU, 3) % (64 * 2**20) == 0
-
-
-def test_free_ports_are_distinct() -> None:
-    ports = free_ports(20, taken={30000})
-    assert len(set(ports)) == 20 and 30000 not in ports
