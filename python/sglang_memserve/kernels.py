@@ -75,6 +75,8 @@ class RadixTreeCore(Protocol):
 class Native(Protocol):
     """What ``sgl_kernel_ext.ops`` offers; see there for shapes, units and errors."""
 
+    MOST_THIN_ROWS: int
+
     def row_table(
         self,
         pointers: Sequence[int],
@@ -179,6 +181,8 @@ class Native(Protocol):
         gate_up: ThinLinear,
         down: ThinLinear,
         activation: tables.Activation,
+        q_norm: RmsNorm | None = None,
+        k_norm: RmsNorm | None = None,
     ) -> DecoderLayer: ...
 
     def gate(

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "memserve/team.h"
 
 namespace memserve {
 
@@ -81,6 +82,20 @@ struct Step {
         thin_linear(weight, {x, call.rows, x_stride, out, out_stride}, call.threads);
     }
 
+    // A row's heads lie side by side: rows of their own for a norm.
+    void norms_of_heads() const {
+        if (!layer.head_norms) return;
+        run(call.threads, static_cast<std::size_t>(call.rows), [&](std::size_t row) {
+            const std::int64_t offset = static_cast<std::int64_t>(row) * layer.qkv.n * element;
+            norm_heads(layer.head_norms->q, buffers.qkv + offset, layer.rotary.q_heads);
+            norm_heads(layer.head_norms->k, k() + offset, layer.rotary.k_heads);
+        });
+    }
+
+    static void norm_heads(const Norm &of, std::uint8_t *heads, std::int64_t count) {
+        rms_norm(of, {heads, of.width, nullptr, 0, heads, of.width, count}, 1);
+    }
+
     void rotary() const {
         rotate(layer.rotary,
                {call.positions, call.rows, buffers.qkv, layer.qkv.n, k(), layer.qkv.n},
@@ -133,8 +148,15 @@ void check_layer(const DecoderLayer &layer) {
     check_equal("q heads", layer.rotary.q_heads, static_cast<std::int64_t>(attention.q_heads));
     check_equal("k heads", layer.rotary.k_heads, static_cast<std::int64_t>(attention.kv_heads));
     check_equal("head_dim", layer.rotary.head_dim, static_cast<std::int64_t>(attention.qk_dim));
+    if (layer.head_norms) {
+        check_equal("width of the norm of q heads and head_dim", layer.head_norms->q.width,
+                    layer.rotary.head_dim);
+        check_equal("width of the norm of k heads and head_dim", layer.head_norms->k.width,
+                    layer.rotary.head_dim);
+    }
     const Dtype dtype = layer.qkv.dtype;
-    if (layer.input_norm.dtype != dtype || layer.rotary.dtype != dtype ||
+    const HeadNorms norms = layer.head_norms.value_or(HeadNorms{layer.input_norm, layer.input_norm});
+    if (norms.q.dtype != dtype || norms.k.dtype != dtype || layer.input_norm.dtype != dtype || layer.rotary.dtype != dtype ||
         attention.dtype != dtype || layer.o.dtype != dtype || layer.post_norm.dtype != dtype ||
         layer.gate_up.dtype != dtype || layer.down.dtype != dtype) {
         refuse("decoder layer: its parts are of different dtypes");
@@ -160,6 +182,7 @@ void decode(const DecoderLayer &layer, const AttentionPlan &plan, const DecoderC
     const Buffers &buffers = step.buffers;
     step.norm(layer.input_norm, call.residual_is);
     step.linear(layer.qkv, call.hidden, call.hidden_stride, buffers.qkv, layer.qkv.n);
+    step.norms_of_heads();
     step.rotary();
     layer.attention.attend(plan, step.attention());
     step.linear(layer.o, buffers.attended, attended_width(layer), call.hidden, call.hidden_stride);

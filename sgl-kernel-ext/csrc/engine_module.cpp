@@ -85,9 +85,10 @@ void bind_engine(nb::module_ &module) {
     nb::class_<DecoderLayer>(module, "DecoderLayer")
         .def(nb::init<const RmsNorm &, const ThinLinear &, const Rotary &,
                       const memserve::PagedAttention &, const ThinLinear &, const RmsNorm &,
-                      const ThinLinear &, const ThinLinear &, int>(),
+                      const ThinLinear &, const ThinLinear &, int, const RmsNorm *,
+                      const RmsNorm *>(),
              "input_norm"_a, "qkv"_a, "rotary"_a, "attention"_a, "o"_a, "post_norm"_a, "gate_up"_a,
-             "down"_a, "activation"_a)
+             "down"_a, "activation"_a, "q_norm"_a.none(), "k_norm"_a.none())
         .def("apply", &DecoderLayer::apply<memserve::Residual::added>, "plan"_a, "hidden"_a,
              "hidden_stride"_a, "residual"_a, "residual_stride"_a, "positions"_a, "rows"_a,
              "threads"_a)

@@ -189,10 +189,14 @@ public:
     DecoderLayer(const RmsNorm &input_norm, const ThinLinear &qkv, const Rotary &rotary,
                  const memserve::PagedAttention &attention, const ThinLinear &o,
                  const RmsNorm &post_norm, const ThinLinear &gate_up, const ThinLinear &down,
-                 int activation)
+                 int activation, const RmsNorm *q_norm, const RmsNorm *k_norm)
         : layer_{input_norm.get(), qkv.get(),     rotary.get(), attention,
                  o.get(),          post_norm.get(), gate_up.get(), down.get(),
-                 choice_of<memserve::Activation>("activation", activation, 1)} {
+                 choice_of<memserve::Activation>("activation", activation, 1), std::nullopt} {
+        if ((q_norm == nullptr) != (k_norm == nullptr)) {
+            throw std::invalid_argument("decoder layer: a norm of q heads or of k heads alone");
+        }
+        if (q_norm != nullptr) layer_.head_norms = {q_norm->get(), k_norm->get()};
         memserve::check_layer(layer_);
     }
 

@@ -54,9 +54,12 @@ class Model:
     lengths: list[int]
     written: NDArray[np.int64]
     positions: NDArray[np.int64]
+    head_norms: bool
 
     @classmethod
-    def random(cls, seed: int, requests: int, dtype: Dtype, gap: int = 0) -> Model:
+    def random(
+        cls, seed: int, requests: int, dtype: Dtype, gap: int = 0, head_norms: bool = False
+    ) -> Model:
         chosen = np.random.default_rng(seed)
 
         def filled(rows: int, width: int, scale: float = 1.0) -> Matrix:
@@ -69,6 +72,8 @@ class Model:
             "post_norm": (1, WIDTH),
             "gate_up": (2 * INNER, WIDTH),
             "down": (WIDTH, INNER),
+            "q_norm": (1, DIM),
+            "k_norm": (1, DIM),
             "cache": (POSITIONS, DIM),
         }
         weights = {
@@ -92,6 +97,7 @@ class Model:
             lengths,
             np.array(last, np.int64),
             np.array(lengths, np.int64) - 1,
+            head_norms,
         )
 
     def copy(self) -> Model:
@@ -123,8 +129,8 @@ class Model:
             return source.thin_linear(one.address, one.rows, one.width, one.stride, 0, dtype)
 
         def norm(name: str) -> Any:
-            address = weights[name].address
-            return source.rms_norm(address, WIDTH, 1e-5, dtype, dtype, NormForm.PLAIN)
+            one = weights[name]
+            return source.rms_norm(one.address, one.width, 1e-5, dtype, dtype, NormForm.PLAIN)
 
         pools = [Pool(one.address, one.stride, DIM) for one in self.pools]
         return {
@@ -142,6 +148,8 @@ class Model:
             "gate_up": linear("gate_up"),
             "down": linear("down"),
             "activation": Activation.SILU,
+            "q_norm": norm("q_norm") if self.head_norms else None,
+            "k_norm": norm("k_norm") if self.head_norms else None,
         }  # fmt: skip
 
     def results(self) -> list[Matrix]:
@@ -178,6 +186,10 @@ def part_by_part(model: Model, first: bool) -> None:
     size = qkv.buffer.itemsize
     k, v = qkv.address + Q * size, qkv.address + (Q + KV) * size
     parts["qkv"].apply(hidden, rows, hidden_stride, qkv.address, QKV, 1)
+    for name, first_head, heads in (("q_norm", qkv.address, Q_HEADS), ("k_norm", k, KV_HEADS)):
+        for row in range(rows if model.head_norms else 0):
+            each = (first_head + row * QKV * size, DIM)
+            parts[name].apply(*each, *each, heads, 1)
     parts["rotary"].apply(model.positions.ctypes.data, rows, qkv.address, QKV, k, QKV, 1)
     parts["attention"].attend(
         model.plan(ops), qkv.address, QKV, k, QKV, v, QKV, attended.address, Q, 0, 1
@@ -195,16 +207,17 @@ def part_by_part(model: Model, first: bool) -> None:
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
-    requests=st.integers(1, 16),
+    requests=st.integers(1, 16) | st.integers(17, 60),
     dtype=st.sampled_from(Dtype),
     gap=st.sampled_from([0, 0, 3, 64]),
     first=st.booleans(),
+    head_norms=st.booleans(),
     threads=st.integers(1, 3),
 )
 def test_a_layer_is_its_parts(
-    seed: int, requests: int, dtype: Dtype, gap: int, first: bool, threads: int
+    seed: int, requests: int, dtype: Dtype, gap: int, first: bool, head_norms: bool, threads: int
 ) -> None:
-    given_model = Model.random(seed, requests, dtype, gap)
+    given_model = Model.random(seed, requests, dtype, gap, head_norms)
     wanted = given_model.copy()
     in_one_call(wanted, REFERENCE, first, 1)
     for level in LEVELS:
@@ -307,10 +320,22 @@ def test_a_call_that_cannot_be_is_refused(source: Any, wrong: dict[str, int]) ->
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(
-    "name", ["input_norm", "qkv", "rotary", "attention", "o", "post_norm", "gate_up", "down"]
+    "name",
+    [
+        "input_norm",
+        "qkv",
+        "rotary",
+        "attention",
+        "o",
+        "post_norm",
+        "gate_up",
+        "down",
+        "q_norm",
+        "k_norm",
+    ],
 )
 def test_parts_that_do_not_fit_are_refused(source: Any, name: str) -> None:
-    model, other = Model.random(7, 2, Dtype.BF16), Model.random(7, 2, Dtype.FP32)
+    model, other = (Model.random(7, 2, dtype, 0, True) for dtype in (Dtype.BF16, Dtype.FP32))
     parts = model.parts(source)
     source.decoder_layer(*parts.values())
     swapped = {**parts, name: other.parts(source)[name]}
@@ -319,5 +344,6 @@ def test_parts_that_do_not_fit_are_refused(source: Any, name: str) -> None:
     for one, instead in (("qkv", "gate_up"), ("o", "down"), ("gate_up", "qkv"), ("down", "o")):
         with pytest.raises(ValueError):
             source.decoder_layer(*{**parts, one: parts[instead]}.values())
-    with pytest.raises(ValueError):
-        source.decoder_layer(*{**parts, "activation": 2}.values())
+    for wrong in ({"activation": 2}, {"q_norm": None}, {"q_norm": parts["input_norm"]}):
+        with pytest.raises(ValueError):
+            source.decoder_layer(*{**parts, **wrong}.values())

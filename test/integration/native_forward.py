@@ -52,6 +52,23 @@ def logits(runner: Any) -> list[torch.Tensor]:
     return found
 
 
+def taken(short: Any) -> dict[str, int]:
+    """How often each of the straight ways is taken from now on."""
+    counts: dict[str, int] = {}
+
+    def count(name: str, way: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def counted(*given: Any) -> torch.Tensor:
+            counts[name] += 1
+            return way(*given)
+
+        return counted
+
+    for name in ("_in_a_call_a_layer", "_part_by_part"):
+        counts[name] = 0
+        setattr(short, name, count(name, getattr(short, name)))
+    return counts
+
+
 def without_the_short_way(model: Any) -> Callable[[], None]:
     short = model.model.forward
     model.model.forward = short._long_way
@@ -107,7 +124,9 @@ def main() -> int:
         "torch's products": (without_the_short_way, without_thin_products),
         "torch's fused ops": (without_the_short_way, without_fused_ops),
     }
+    counts = taken(model.model.forward)
     expected = logits(runner)
+    taken_ways = dict(counts)
     differences = {}
     for name, steps in ways.items():
         undo = [step(model) for step in steps]
@@ -129,6 +148,7 @@ def main() -> int:
                 "largest logit": max(float(scores.abs().max()) for scores in expected),
                 "again": again,
                 "passes": len(expected),
+                "taken": taken_ways,
                 "heard": len(heard),
                 "differences": differences,
             }

@@ -204,4 +204,4 @@ def test_a_model_of_another_kind_keeps_its_forward() -> None:
     model = torch.nn.Module()
     model.model = torch.nn.Linear(2, 2)
     problem = straight.install(model, ops)
-    assert problem is not None and "Linear is none of LlamaModel, Qwen2Model" in problem
+    assert problem is not None and "Linear is none of LlamaModel, Qwen2Model, Qwen3Model" in problem

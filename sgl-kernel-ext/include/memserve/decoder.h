@@ -3,12 +3,19 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "memserve/attention.h"
 #include "memserve/elementwise.h"
 #include "memserve/linear.h"
 
 namespace memserve {
+
+// Of each head of q and of k by itself, before they are turned (Qwen3).
+struct HeadNorms {
+    Norm q;
+    Norm k;
+};
 
 // Each part as it would be called alone.
 struct DecoderLayer {
@@ -21,6 +28,7 @@ struct DecoderLayer {
     ThinWeight gate_up;  // rows of the gate, then of what it multiplies
     ThinWeight down;
     Activation activation;
+    std::optional<HeadNorms> head_norms;
 };
 
 enum class Residual {
@@ -47,8 +55,8 @@ void check_layer(const DecoderLayer &layer);
 // The same for addresses and strides, and std::out_of_range for a position or slot beyond its limit,
 // before anything is written.
 void check_call(const DecoderLayer &layer, AttentionPlan &plan, const DecoderCall &call);
-// The bits that the ops give one after another: norm, q/k/v, rotary embedding, attention with the K/V
-// write, output, norm, gate and up, activation, down.
+// The bits that the ops give one after another: norm, q/k/v, norms of the heads, rotary embedding, attention
+// with the K/V write, output, norm, gate and up, activation, down.
 void decode(const DecoderLayer &layer, const AttentionPlan &plan, const DecoderCall &call);
 
 }  // namespace memserve

@@ -237,16 +237,28 @@ def decoder_layer(
     gate_up: ThinLinear,
     down: ThinLinear,
     activation: Activation,
+    q_norm: RmsNorm | None = None,
+    k_norm: RmsNorm | None = None,
 ) -> DecoderLayer:
     """A llama-class layer of parts that were made by this module: norm, q/k/v (rows of q heads, k
-    heads, v heads), rotary embedding, causal attention that writes k and v first, output, norm,
-    gate and up (rows of one, then of the other), activation, down. It takes copies of the parts;
-    the tensors they name must stay.
+    heads, v heads), norms of each head of q and of k (Qwen3; both or neither), rotary embedding,
+    causal attention that writes k and v first, output, norm, gate and up (rows of one, then of the
+    other), activation, down. It takes copies of the parts; the tensors they name must stay.
 
     Raises ValueError where the parts do not fit each other.
     """
     made: Any = _native.DecoderLayer if NATIVE else reference_decoder.DecoderLayer
     layer: DecoderLayer = made(
-        input_norm, qkv, rotary, attention, o, post_norm, gate_up, down, activation
+        input_norm,
+        qkv,
+        rotary,
+        attention,
+        o,
+        post_norm,
+        gate_up,
+        down,
+        activation,
+        q_norm,
+        k_norm,
     )
     return layer

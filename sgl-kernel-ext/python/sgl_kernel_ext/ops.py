@@ -35,6 +35,7 @@ from .engine import rotary as rotary
 from .engine import thin_linear as thin_linear
 from .switch import NATIVE as NATIVE
 from .switch import WHY_NOT_NATIVE as WHY_NOT_NATIVE
+from .tables import MOST_THIN_ROWS as MOST_THIN_ROWS
 from .tables import Activation as Activation
 from .tables import Dtype as Dtype
 from .tables import NormForm as NormForm

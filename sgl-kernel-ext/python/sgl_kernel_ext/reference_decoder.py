@@ -6,7 +6,7 @@ import numpy as np
 
 from . import reference_engine as engine
 from .reference_attention import Attention, Plan
-from .tables import Activation, Dtype
+from .tables import MOST_THIN_ROWS, Activation, Dtype
 
 
 class DecoderLayer:
@@ -23,6 +23,8 @@ class DecoderLayer:
         gate_up: engine.ThinLinear,
         down: engine.ThinLinear,
         activation: int,
+        q_norm: engine.RmsNorm | None = None,
+        k_norm: engine.RmsNorm | None = None,
     ) -> None:
         shape, width = attention.geometry, input_norm.width
         self._q, self._k = shape.q_heads * shape.qk_dim, shape.kv_heads * shape.qk_dim
@@ -36,6 +38,12 @@ class DecoderLayer:
             (input_norm.dtype, post_norm.dtype, qkv.dtype, o.dtype, gate_up.dtype, down.dtype),
             (rotary.dtype, shape.dtype, qkv.dtype),
         )
+        if (q_norm is None) != (k_norm is None):
+            raise ValueError("a decoder layer with a norm of q heads or of k heads alone")
+        for norm in (q_norm, k_norm):
+            if norm is not None and (norm.width, norm.dtype) != (shape.qk_dim, qkv.dtype):
+                raise ValueError(f"heads of {shape.qk_dim} with a norm of {norm.width}")
+        self._q_norm, self._k_norm = q_norm, k_norm
         if any(len(set(group)) != 1 for group in equal):
             raise ValueError(f"a decoder layer of parts that do not fit each other: {equal}")
         self._input_norm, self._post_norm, self._rotary = input_norm, post_norm, rotary
@@ -89,7 +97,7 @@ class DecoderLayer:
         threads: int,
     ) -> None:
         engine.check_threads(threads)
-        engine.check_size("rows", rows, engine.MOST_THIN_ROWS)
+        engine.check_size("rows", rows, MOST_THIN_ROWS)
         engine.check_rows("hidden", hidden, rows, self._width, hidden_stride, self._dtype)
         engine.check_rows("residual", residual, rows, self._width, residual_stride, self._dtype)
         if plan.rows != rows:
@@ -113,6 +121,14 @@ class DecoderLayer:
         at, stride, size = qkv.ctypes.data, self._qkv.n, qkv.itemsize
         k, v = at + self._q * size, at + (self._q + self._k) * size
         self._qkv.apply(hidden, rows, hidden_stride, at, stride, threads)
+        for norm, heads, of in (
+            (self._q_norm, self._rotary.heads[0], at),
+            (self._k_norm, self._rotary.heads[1], k),
+        ):
+            for row in range(rows if norm is not None else 0):
+                assert norm is not None
+                where = (of + row * stride * size, norm.width)
+                norm.apply(*where, *where, heads, threads)
         self._rotary.apply(positions, rows, at, stride, k, stride, threads)
         self._attention.attend(
             plan, at, stride, k, stride, v, stride, attended.ctypes.data, self._attended, 0, threads

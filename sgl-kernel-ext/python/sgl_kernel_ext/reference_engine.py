@@ -8,10 +8,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from .tables import Activation, Dtype, NormForm, RotaryStyle
+from .tables import MOST_THIN_ROWS, Activation, Dtype, NormForm, RotaryStyle
 
 MOST_THREADS = 256
-MOST_THIN_ROWS = 128
 
 _STORED: dict[Dtype, type[np.generic]] = {
     Dtype.BF16: np.uint16,

@@ -9,6 +9,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+MOST_THIN_ROWS = 128
+"""That a thin linear layer takes in one call."""
+
 
 class Store(IntEnum):
     """How a copy writes its destination. Values are those of ``include/memserve/rows.h``."""

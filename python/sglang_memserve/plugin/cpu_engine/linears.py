@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 
     from ...kernels import Native
 
-# Up to which our products pay. With torch's sums they are known to be bf16's native instructions,
-# which beat packing the weights anew for up to 128 rows.
+# Up to which our products pay where torch's sums are others. Where they are the same, both run on
+# bf16's own instructions, and ours pay as long as torch packs the weights anew: ``MOST_THIN_ROWS``.
 MOST_ROWS = 16
-MOST_SAME_ROWS = 128
 # Enough for torch to compute them as it computes a prompt through a whole layer.
 _MANY_ROWS = 256
 _MANY_OUTPUTS = 4096
@@ -72,8 +71,9 @@ class SameBits:
         if thin is None:
             return False
         wanted = torch.nn.functional.linear(x, weight)
-        found = x.new_empty(MOST_SAME_ROWS, n)
-        for rows in (1, MOST_ROWS, MOST_SAME_ROWS):
+        most = self._native.MOST_THIN_ROWS
+        found = x.new_empty(most, n)
+        for rows in (1, MOST_ROWS, most):
             _run(thin, x[:rows], found)
             if not torch.equal(found[:rows], wanted[:rows]):
                 return False
@@ -96,7 +96,8 @@ class Thin:
         self, weight: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
         """``x`` ``[rows, k]`` times ``weight`` ``[n, k]``; None where it is not ours to compute."""
-        if x.dim() != 2 or not 0 < x.shape[0] <= MOST_SAME_ROWS or x.stride(1) != 1:
+        most = self._native.MOST_THIN_ROWS
+        if x.dim() != 2 or not 0 < x.shape[0] <= most or x.stride(1) != 1:
             return None
         prepared = self.of(weight, bias)
         if prepared is None or x.dtype != weight.dtype or x.shape[1] != weight.shape[1]:

@@ -30,11 +30,17 @@ from sglang.srt.models.qwen2 import (
     Qwen2MLP,
     Qwen2Model,
 )
+from sglang.srt.models.qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3MLP,
+    Qwen3Model,
+)
 from sglang.srt.runtime_context import get_parallel
 
 from ..attention import MemServeCpuAttention
 from .fused_ops import gate, prepared_norm, prepared_rotary
-from .linears import MOST_ROWS, MOST_SAME_ROWS, ThinLinearMethod
+from .linears import MOST_ROWS, ThinLinearMethod
 
 if TYPE_CHECKING:
     from sgl_kernel_ext.attention import AttentionPlan, PagedAttention
@@ -43,19 +49,21 @@ if TYPE_CHECKING:
 
     from ...kernels import Native
 
-# Layers of these classes are alike in what they compute.
+# Layers of these classes are alike in what they compute, but for the norms of heads that Qwen3 has.
 _KINDS = {
     LlamaModel: (LlamaDecoderLayer, LlamaAttention, LlamaMLP),
     Qwen2Model: (Qwen2DecoderLayer, Qwen2Attention, Qwen2MLP),
+    Qwen3Model: (Qwen3DecoderLayer, Qwen3Attention, Qwen3MLP),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """SGLang's layer, its native parts, and the op that is all of it."""
+    """SGLang's layer, its native parts, and the op that is all of it; ``head_norms`` of q and k."""
 
     module: Any
     input_norm: RmsNorm
+    head_norms: tuple[RmsNorm, RmsNorm] | None
     rotary: Rotary
     attention: PagedAttention
     post_norm: RmsNorm
@@ -123,7 +131,7 @@ def _problem_of_layer(layer: Any, kinds: tuple[type, type, type]) -> str | None:
     for linear in _linears_of(layer):
         if not _is(linear.quant_method, ThinLinearMethod):
             return f"a linear layer is computed by {type(linear.quant_method).__name__}"
-    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm, *_head_norms_of(layer)):
         if not _is(norm, RMSNorm):
             return f"a norm is a {type(norm).__name__}"
     return None
@@ -132,6 +140,11 @@ def _problem_of_layer(layer: Any, kinds: tuple[type, type, type]) -> str | None:
 def _linears_of(layer: Any) -> tuple[Any, Any, Any, Any]:
     attention, mlp = layer.self_attn, layer.mlp
     return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
+
+def _head_norms_of(layer: Any) -> tuple[Any, ...]:
+    attention = layer.self_attn
+    return (attention.q_norm, attention.k_norm) if _is(attention, Qwen3Attention) else ()
 
 
 def _tensors_of(layer: Any) -> Iterator[tuple[Mapping[str, torch.Tensor | None], str]]:
@@ -144,6 +157,7 @@ def _tensors_of(layer: Any) -> Iterator[tuple[Mapping[str, torch.Tensor | None],
         layer.post_attention_layernorm,
         mlp.gate_up_proj,
         mlp.down_proj,
+        *_head_norms_of(layer),
     ):
         yield module._parameters, "weight"
         if module._parameters.get("bias") is not None:
@@ -189,7 +203,7 @@ class StraightThrough:
             backend = get_attn_backend()
             most_rows = MOST_ROWS if backend.decoding else 0
             if self._same_bits:
-                most_rows = MOST_SAME_ROWS
+                most_rows = self._native.MOST_THIN_ROWS
             few = len(input_ids) <= most_rows
             way = self._in_a_call_a_layer if few else self._part_by_part
             return way(input_ids, positions, backend)
@@ -267,17 +281,15 @@ class StraightThrough:
         linears = [
             linear.quant_method.thin.of(linear.weight, linear.bias) for linear in _linears_of(layer)
         ]
-        norms = [
-            prepared_norm(norm, self._dtype)
-            for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-        ]
+        modules = (layer.input_layernorm, layer.post_attention_layernorm, *_head_norms_of(layer))
+        norms = [prepared_norm(norm, self._dtype) for norm in modules]
         rotary = prepared_rotary(
             attention.rotary_emb, attention.q_size, attention.kv_size, self._dtype
         )
         if parts is None or rotary is None or None in linears or None in norms:
             return None
         qkv, output, gate_up, down = (linear for linear in linears if linear is not None)
-        first_norm, second_norm = (norm for norm in norms if norm is not None)
+        first_norm, second_norm, *of_heads = (norm for norm in norms if norm is not None)
         op = self._native.decoder_layer(
             first_norm,
             qkv,
@@ -288,8 +300,10 @@ class StraightThrough:
             gate_up,
             down,
             self._native.Activation.SILU,
+            *of_heads,
         )
-        return _Layer(layer, first_norm, rotary, parts[1], second_norm, op)
+        head_norms = (of_heads[0], of_heads[1]) if of_heads else None
+        return _Layer(layer, first_norm, head_norms, rotary, parts[1], second_norm, op)
 
     def _in_a_call_a_layer(
         self, input_ids: torch.Tensor, positions: torch.Tensor, backend: MemServeCpuAttention
@@ -326,6 +340,9 @@ class StraightThrough:
             qkv = _product(attention.qkv_proj, hidden)
             first_k, first_v = attention.q_size, attention.q_size + attention.kv_size
             q, k, v = qkv[:, :first_k], qkv[:, first_k:first_v], qkv[:, first_v:]
+            if layer.head_norms is not None:
+                q = _norm_heads(layer.head_norms[0], q, attention.head_dim)
+                k = _norm_heads(layer.head_norms[1], k, attention.head_dim)
             turned = q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0)
             layer.rotary.apply(positions.data_ptr(), rows, *turned, threads)
             attended = backend.attend_natively(attention.attn, q, k, v)
@@ -357,6 +374,14 @@ def _product(linear: Any, x: torch.Tensor) -> torch.Tensor:
     """Of SGLang's linear layer, without what its module does around it for several ranks."""
     product: torch.Tensor = linear.quant_method.apply(linear, x, linear.bias)
     return product
+
+
+def _norm_heads(norm: RmsNorm, heads: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """``[rows, heads * head_dim]``, of each head by itself."""
+    each = heads.reshape(-1, head_dim)
+    where = each.data_ptr(), head_dim
+    norm.apply(*where, *where, len(each), torch.get_num_threads())
+    return each.view(len(heads), -1)
 
 
 def _add_and_norm(norm: RmsNorm, hidden: torch.Tensor, residual: torch.Tensor) -> None:
