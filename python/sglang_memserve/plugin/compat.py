@@ -88,6 +88,10 @@ SYMBOLS = (
     "sglang.srt.models.qwen2.Qwen2DecoderLayer",
     "sglang.srt.models.qwen2.Qwen2MLP",
     "sglang.srt.models.qwen2.Qwen2Model",
+    "sglang.srt.models.qwen3.Qwen3Attention",
+    "sglang.srt.models.qwen3.Qwen3DecoderLayer",
+    "sglang.srt.models.qwen3.Qwen3MLP",
+    "sglang.srt.models.qwen3.Qwen3Model",
     # Private, or replaced by a hook: the first to look at when the pin moves
     "sglang.srt.managers.scheduler.Scheduler",
     "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache",
