@@ -48,7 +48,7 @@ BENCHMARKS = (
     ("router/restart.py", "router-restart.json"),
     # With --peer it also measures sglang-router.
     ("router/service.py", "router-service-alone.json"),
-    # With --vllm PYTHON it also measures vLLM's CPU build.
+    # With --vllm PYTHON, and --llama-server and --llama-model, it also measures those.
     ("engine/latency.py", "engine-latency.json"),
     ("serving/moved_prefix.py", "serving-moved-prefix.json"),
     ("serving/pipelined_fetch.py", "serving-pipelined-fetch.json"),

