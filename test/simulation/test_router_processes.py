@@ -1,4 +1,8 @@
-"""Several router processes behind one port, as real processes: they know and say the same."""
+"""Several router processes behind one port, as real processes: they know and say the same.
+
+Starting a pair is most of what these tests cost, so those that leave it whole share one (``pair``),
+and waits that have nothing to do with each other are waited for at the same time.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +24,7 @@ import aiohttp
 import msgspec
 import psutil
 import pytest
+from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.protocol.http import Heartbeat, Load, Registration
 from sglang_memserve.router.processes.place import VARIABLE
 from sglang_memserve.router.processes.serving import CLOSE_S
@@ -28,6 +34,8 @@ from simulation.router_machines import Asked, Line, Machine, generated
 START_S = 60.0
 POLL_S = 0.05
 ENOUGH = 40  # fresh connections: that all of them meet the same of two processes is never seen
+# Listed, removed before the first test that shares the pair, and not to come back with a process.
+LISTED = "http://127.0.0.1:9"
 BODY = {"input_ids": list(range(1, 10))}
 PROGRAM = """
 import logging, sys
@@ -37,6 +45,18 @@ logging.basicConfig(level="INFO")
 patience = Patience(silent_s=6.0, least_backoff_s=0.1)
 sys.exit(supervise(parse_args(sys.argv[1:]), sys.argv[1:], patience))
 """
+
+
+@dataclass
+class Pair:
+    """Two processes and who started them."""
+
+    url: str
+    process: subprocess.Popen[str]
+
+    @property
+    def pids(self) -> list[int]:
+        return [child.pid for child in psutil.Process(self.process.pid).children()]
 
 
 @dataclass
@@ -77,14 +97,31 @@ class Routers:
                     pass
                 await asyncio.sleep(POLL_S)
 
-    async def served(self, count: int) -> dict[str, float]:
-        """Answers of ``/generate`` by process, as the metrics have it, once they are ``count``: a
-        request is counted just after its answer has gone out."""
-        served: dict[str, float] = {}
+    async def forget(self, *machines: Machine) -> None:
+        for machine in machines:
+            status, _ = await self.ask("DELETE", f"/workers/{quote(machine.url, '')}")
+            assert status in (200, 404)
+        assert await self.workers() == []
+
+    async def both_serve(self) -> None:
+        """Many requests are answered, by both, and counted as one."""
+        before = await self._served()
+        answers = [await self.ask("POST", "/generate", BODY) for _ in range(ENOUGH)]
+        assert {status for status, _ in answers} == {200}
+        added: dict[str, float] = {}
+        # A request is counted just after its answer has gone out.
         async with asyncio.timeout(START_S):
-            while sum(served.values()) != count:
-                served = await self._served()
-        return served
+            while sum(added.values()) != ENOUGH:
+                now = await self._served()
+                added = {who: count - before.get(who, 0.0) for who, count in now.items()}
+        assert len(added) == 2 and all(added.values()), added
+
+    async def replaced_after(self, number: signal.Signals) -> None:
+        """One of the processes gets ``number``, and another is there for it."""
+        victim = psutil.Process(self.pids[0])
+        victim.send_signal(number)
+        await asyncio.to_thread(victim.wait, START_S)
+        await self.until_whole_again()
 
     async def _served(self) -> dict[str, float]:
         _, text = await self.ask("GET", "/metrics")
@@ -103,30 +140,56 @@ def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-@asynccontextmanager
-async def two_processes(*arguments: str) -> AsyncIterator[Routers]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+@contextmanager
+def two_processes(*arguments: str) -> Iterator[Pair]:
+    (port,) = free_ports(1, taken=set())
     process = start("--port", str(port), "--processes", "2", "--expire-s", "600", *arguments)
-    drained: list[asyncio.Task[str]] = []
+    drained = None
+    # A start that hangs is ended, and so ends the line that is read.
+    late = threading.Timer(START_S, process.kill)
+    late.start()
     try:
         assert process.stdout is not None and process.stderr is not None
-        line = await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), START_S)
+        line = process.stdout.readline()
         assert "2 processes" in line, process.communicate(timeout=START_S)
-        drained = [asyncio.create_task(asyncio.to_thread(process.stderr.read))]
-        pids = [child.pid for child in psutil.Process(process.pid).children()]
-        assert len(pids) == 2
-        connector = aiohttp.TCPConnector(force_close=True)
-        async with aiohttp.ClientSession(connector=connector) as http:
-            yield Routers(f"http://127.0.0.1:{port}", http, process, pids)
+        late.cancel()
+        drained = threading.Thread(target=process.stderr.read)
+        drained.start()
+        pair = Pair(f"http://127.0.0.1:{port}", process)
+        assert len(pair.pids) == 2
+        yield pair
     finally:
+        late.cancel()
         process.terminate()
         try:
-            await asyncio.to_thread(process.wait, START_S)
+            process.wait(START_S)
         finally:
             process.kill()
-            await asyncio.gather(*drained)
+            if drained is not None:
+                drained.join(START_S)
             process.communicate()
+
+
+@asynccontextmanager
+async def asked(pair: Pair) -> AsyncIterator[Routers]:
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connector) as http:
+        yield Routers(pair.url, http, pair.process, pair.pids)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    """Two processes that know of nobody. Leave them so, and whole."""
+    with two_processes("--instance", LISTED) as pair:
+
+        async def empty() -> None:
+            async with asked(pair) as routers:
+                status, _ = await routers.ask("DELETE", f"/workers/{quote(LISTED, '')}")
+                assert status == 200
+
+        go(empty())
+        yield pair
+    assert pair.process.returncode == 0
 
 
 def go(scenario: Coroutine[Any, Any, None]) -> None:
@@ -138,12 +201,12 @@ def beat_of(machine: Machine) -> Heartbeat:
     return Heartbeat(info.url, info.generation, info.role, Load(0, 0, 0, 100))
 
 
-def test_all_processes_know_who_is_there_and_count_as_one() -> None:
+def test_all_processes_know_who_is_there_and_count_as_one(pair: Pair) -> None:
     async def scenario() -> None:
         one, two = Machine(Role.BOTH), Machine(Role.BOTH)
         await one.start()
         await two.start()
-        async with two_processes() as routers:
+        async with asked(pair) as routers:
             assert (await routers.ask("POST", "/memserve/heartbeat", beat_of(one)))[1] == {
                 "known": False
             }
@@ -153,9 +216,7 @@ def test_all_processes_know_who_is_there_and_count_as_one() -> None:
             assert (await routers.ask("POST", "/memserve/heartbeat", beat_of(one)))[1] == {
                 "known": True
             }
-            answers = [await routers.ask("POST", "/generate", BODY) for _ in range(ENOUGH)]
-            assert {status for status, _ in answers} == {200}
-            assert len(await routers.served(ENOUGH)) == 2
+            await routers.both_serve()
             assert (await routers.ask("POST", "/workers", {"url": two.url}))[0] == 202
             await routers.everybody_knows(one.url, two.url)
             assert (await routers.ask("DELETE", f"/workers/{quote(one.url, '')}"))[0] == 200
@@ -163,7 +224,7 @@ def test_all_processes_know_who_is_there_and_count_as_one() -> None:
             assert (await routers.ask("DELETE", f"/workers/{quote(one.url, '')}"))[0] == 404
             large = {"url": "http://127.0.0.1:9", "role": "x" * 100_000}
             assert (await routers.ask("POST", "/workers", large))[0] == 413
-        assert routers.process.returncode == 0
+            await routers.forget(two)
         await one.stop()
         await two.stop()
 
@@ -171,32 +232,29 @@ def test_all_processes_know_who_is_there_and_count_as_one() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
-def test_a_process_that_dies_or_hangs_is_replaced_and_learns(number: signal.Signals) -> None:
+def test_a_process_that_dies_or_hangs_is_replaced_and_learns(
+    pair: Pair, number: signal.Signals
+) -> None:
     async def scenario() -> None:
         machine = Machine(Role.BOTH)
         await machine.start()
-        async with two_processes("--instance", "http://127.0.0.1:9") as routers:
+        async with asked(pair) as routers:
             await routers.ask("POST", "/memserve/register", Registration(machine.info()))
-            assert (await routers.ask("DELETE", "/workers/http%3A%2F%2F127.0.0.1%3A9"))[0] == 200
-            victim = psutil.Process(routers.pids[0])
-            os.kill(victim.pid, number)
-            await asyncio.to_thread(victim.wait, START_S)
-            await routers.until_whole_again()
+            await routers.replaced_after(number)
             await routers.everybody_knows(machine.url)
-            answers = [await routers.ask("POST", "/generate", BODY) for _ in range(ENOUGH)]
-            assert {status for status, _ in answers} == {200}
-            assert len(await routers.served(ENOUGH)) == 2
+            await routers.both_serve()
+            await routers.forget(machine)
         await machine.stop()
 
     go(scenario())
 
 
-def test_a_process_that_starts_again_learns_which_boot_was_drained() -> None:
+def test_a_process_that_starts_again_learns_which_boot_was_drained(pair: Pair) -> None:
     async def scenario() -> None:
         upgraded, drained = Machine(Role.BOTH), Machine(Role.BOTH)
         await upgraded.start()
         await drained.start()
-        async with two_processes() as routers:
+        async with asked(pair) as routers:
 
             async def register(machine: Machine, boot: str) -> None:
                 info = msgspec.structs.replace(machine.info(), generation=boot)
@@ -215,96 +273,99 @@ def test_a_process_that_starts_again_learns_which_boot_was_drained() -> None:
             # As it does when one process was away for a moment and did not know it.
             await register(drained, "A")
             await routers.everybody_knows(upgraded.url)
-            victim = psutil.Process(routers.pids[0])
-            victim.kill()
-            await asyncio.to_thread(victim.wait, START_S)
-            await routers.until_whole_again()
+            await routers.replaced_after(signal.SIGKILL)
             for _ in range(ENOUGH):
                 states = [(one["url"], one["state"]) for one in await routers.workers()]
                 assert states == [(upgraded.url, "ready")]
-            answers = [await routers.ask("POST", "/generate", BODY) for _ in range(ENOUGH)]
-            assert {status for status, _ in answers} == {200}
+            await routers.both_serve()
             assert not drained.to("/generate")
+            await routers.forget(upgraded)
         await upgraded.stop()
         await drained.stop()
 
     go(scenario())
 
 
-@pytest.mark.parametrize(
-    ("number", "sent_to"),
-    [
-        (signal.SIGTERM, "one"),
-        (signal.SIGHUP, "one"),
-        (signal.SIGHUP, "all"),
-        (signal.SIGINT, "all"),
-    ],
-)
-def test_a_signal_lets_the_requests_of_all_processes_finish(
-    number: signal.Signals, sent_to: str
-) -> None:
-    """``all``: as a terminal does it."""
+SIGNALS = [
+    (signal.SIGTERM, "one"),
+    (signal.SIGHUP, "one"),
+    (signal.SIGHUP, "all"),
+    (signal.SIGINT, "all"),
+]
+
+
+def test_a_signal_lets_the_requests_of_all_processes_finish() -> None:
+    """``all``: as a terminal does it. Requests last longer than what is left when a process closes;
+    the four pairs wait for that together."""
 
     async def scenario() -> None:
-        release = asyncio.Event()
-
-        async def slow(asked: Asked, line: Line) -> None:
-            await asyncio.wait_for(release.wait(), START_S)
-            await line.answer(generated(asked))
-
-        machine = Machine(Role.BOTH, slow)
-        await machine.start()
-        async with two_processes() as routers:
-            await routers.ask("POST", "/memserve/register", Registration(machine.info()))
-            asking = routers.ask
-            work = [asyncio.create_task(asking("POST", "/generate", BODY)) for _ in range(12)]
-            await machine.wait_for("/generate", 12)
-            assert (await routers.workers())[0]["in_flight_requests"] == 12
-            for pid in routers.pids if sent_to == "all" else ():
-                os.kill(pid, number)
-            routers.process.send_signal(number)
-            await asyncio.sleep(CLOSE_S + 1.5)
-            release.set()
-            assert {status for status, _ in await asyncio.gather(*work)} == {200}
-            assert await asyncio.to_thread(routers.process.wait, START_S) == 0
-            assert not any(psutil.pid_exists(pid) for pid in routers.pids)
-        await machine.stop()
+        with ExitStack() as stack:
+            pairs = [stack.enter_context(two_processes()) for _ in SIGNALS]
+            async with asyncio.TaskGroup() as group:
+                for pair, (number, sent_to) in zip(pairs, SIGNALS, strict=True):
+                    name = f"{number.name} to {sent_to}"
+                    group.create_task(lets_finish(pair, number, sent_to), name=name)
 
     go(scenario())
 
 
+async def lets_finish(pair: Pair, number: signal.Signals, sent_to: str) -> None:
+    release = asyncio.Event()
+
+    async def slow(request: Asked, line: Line) -> None:
+        await asyncio.wait_for(release.wait(), START_S)
+        await line.answer(generated(request))
+
+    machine = Machine(Role.BOTH, slow)
+    await machine.start()
+    async with asked(pair) as routers:
+        await routers.ask("POST", "/memserve/register", Registration(machine.info()))
+        asking = routers.ask
+        work = [asyncio.create_task(asking("POST", "/generate", BODY)) for _ in range(12)]
+        await machine.wait_for("/generate", 12)
+        assert (await routers.workers())[0]["in_flight_requests"] == 12
+        for pid in routers.pids if sent_to == "all" else ():
+            os.kill(pid, number)
+        routers.process.send_signal(number)
+        await asyncio.sleep(CLOSE_S + 1.5)
+        release.set()
+        what = f"{number.name} to {sent_to}"
+        assert {status for status, _ in await asyncio.gather(*work)} == {200}, what
+        assert await asyncio.to_thread(routers.process.wait, START_S) == 0, what
+        assert not any(psutil.pid_exists(pid) for pid in routers.pids), what
+    await machine.stop()
+
+
 def test_a_second_signal_ends_all_processes_at_once() -> None:
     async def scenario() -> None:
-        async def never(asked: Asked, line: Line) -> None:
+        async def never(request: Asked, line: Line) -> None:
             await line.until_closed()
 
         machine = Machine(Role.BOTH, never)
         await machine.start()
-        async with two_processes("--drain-timeout-s", "600") as routers:
-            await routers.ask("POST", "/memserve/register", Registration(machine.info()))
-            asking = routers.ask
-            work = [asyncio.create_task(asking("POST", "/generate", BODY)) for _ in range(6)]
-            await machine.wait_for("/generate", 6)
-            for _ in range(2):
-                routers.process.send_signal(signal.SIGTERM)
-                await asyncio.sleep(0.3)
-            assert await asyncio.to_thread(routers.process.wait, START_S) == 0
-            assert not any(psutil.pid_exists(pid) for pid in routers.pids)
-            await asyncio.gather(*work, return_exceptions=True)
+        with two_processes("--drain-timeout-s", "600") as pair:
+            async with asked(pair) as routers:
+                await routers.ask("POST", "/memserve/register", Registration(machine.info()))
+                asking = routers.ask
+                work = [asyncio.create_task(asking("POST", "/generate", BODY)) for _ in range(6)]
+                await machine.wait_for("/generate", 6)
+                for _ in range(2):
+                    routers.process.send_signal(signal.SIGTERM)
+                    await asyncio.sleep(0.3)
+                assert await asyncio.to_thread(routers.process.wait, START_S) == 0
+                assert not any(psutil.pid_exists(pid) for pid in routers.pids)
+                await asyncio.gather(*work, return_exceptions=True)
         await machine.stop()
 
     go(scenario())
 
 
 def test_processes_end_when_who_started_them_is_killed() -> None:
-    async def scenario() -> None:
-        async with two_processes() as routers:
-            children = [psutil.Process(pid) for pid in routers.pids]
-            routers.process.kill()
-            gone, alive = await asyncio.to_thread(psutil.wait_procs, children, START_S)
-            assert len(gone) == 2 and not alive
-
-    go(scenario())
+    with two_processes() as pair:
+        children = [psutil.Process(pid) for pid in pair.pids]
+        pair.process.kill()
+        gone, alive = psutil.wait_procs(children, START_S)
+        assert len(gone) == 2 and not alive
 
 
 def test_a_taken_port_is_one_line_and_an_exit_code() -> None:
