@@ -14,11 +14,6 @@ time, which leaves out what others took of it; several by the clock.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import shutil
-import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +28,7 @@ from sgl_kernel_ext.tables import Dtype
 from sglang_memserve.plugin import cpu_kernels
 
 from benchmark.harness import report, spread
+from benchmark.micro.peak import Peak
 
 PAGE = 16
 COLD_BYTES = 96 << 20
@@ -60,39 +56,6 @@ EXTENDS = {
     "16 new after 3,984": (16, 4000),
 }
 DECODES = [(streams, length) for length in (100, 1550, 4000) for streams in (1, 8)]
-
-
-class Peak:
-    """Rates of one thread: medians of those measured so far."""
-
-    def __init__(self) -> None:
-        compiler = shutil.which("c++") or "c++"
-        source = Path(__file__).with_name("peak.cpp")
-        with tempfile.TemporaryDirectory() as folder:
-            built = Path(folder) / "peak.so"
-            command = [compiler, "-O3", "-shared", "-fPIC", "-o", str(built), str(source)]
-            subprocess.run(command, check=True, timeout=120)
-            self._library = ctypes.CDLL(str(built))
-        self._library.pairs_s.restype = self._library.read_s.restype = ctypes.c_double
-        self._memory = np.ones(256 << 20, np.uint8)
-        self._operations: list[float] = []
-        self._bytes: list[float] = []
-
-    def measure(self) -> None:
-        steps = 4000
-        seconds = self._library.pairs_s(ctypes.c_size_t(steps), 100)
-        self._operations.append(steps * 24 * 64 / seconds)
-        address, size = self._memory.ctypes.data, self._memory.nbytes
-        seconds = self._library.read_s(ctypes.c_void_p(address), ctypes.c_size_t(size))
-        self._bytes.append(size / seconds)
-
-    @property
-    def operations_per_s(self) -> float:
-        return statistics.median(self._operations)
-
-    @property
-    def bytes_per_s(self) -> float:
-        return statistics.median(self._bytes)
 
 
 class Rig:

@@ -4,7 +4,8 @@
            [--peer-router PYTHON] [--data DIR] [--json FILE]
 
 Set-ups with the same instances share them; before each replay the front starts anew, is warmed up
-unmeasured, and all caches are emptied. ``--attach URL`` measures a cluster that runs already.
+unmeasured, and all caches are emptied. With ``--together`` all instances are up from the start, and
+set-ups take turns within each workload. ``--attach URL`` measures a cluster that runs already.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rate", default="1", help="times the workload's own speed; several with commas")
     add("--requests", type=int, metavar="N", help="only the first N to arrive")
     add("--rounds", type=int, default=1, help="of everything on each fleet (default %(default)s)")
+    add("--together", action="store_true", help="all fleets at once: 3 GB of memory an instance")
     add("--seed", type=int, default=1)
     add("--data", type=Path, metavar="DIR", help="files of the react and documents workloads")
     add("--model", type=Path, default=ROOT / ".cache/models/SmolLM2-135M-Instruct", metavar="DIR")
@@ -132,7 +135,7 @@ def run_attached(url: str, plan: Plan) -> Iterator[dict[str, Any]]:
 def run_setups(
     chosen: Sequence[Chosen], plan: Plan, given: Given, folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """In rounds over the set-ups of a fleet, so that they take turns."""
+    """In rounds over the set-ups of a fleet, fleet after fleet."""
     for _, group in itertools.groupby(chosen, key=lambda one: one.setup.fleet):
         sharing = list(group)
         started = time.monotonic()
@@ -140,6 +143,26 @@ def run_setups(
             _say(f"{fleet.fleet.name}: up in {time.monotonic() - started:.0f} s")
             for number, one in itertools.product(range(plan.rounds), sharing):
                 for result in _run_setup(one, fleet, plan, given):
+                    yield {**_describe(one.setup, fleet, given), "round": number, **result}
+
+
+def run_together(
+    chosen: Sequence[Chosen], plan: Plan, given: Given, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """All set-ups one after the other for each workload; every second round the other way round,
+    so that what drifts does so for all."""
+    with ExitStack() as stack:
+        fleets = {
+            fleet: stack.enter_context(servers.start(fleet, given, folder))
+            for fleet in dict.fromkeys(one.setup.fleet for one in chosen)
+        }
+        for number, workload in itertools.product(range(plan.rounds), plan.workloads):
+            only = replace(plan, workloads=(workload,))
+            for one in chosen[::-1] if number % 2 else chosen:
+                if not one.takes(workload.name):
+                    continue
+                fleet = fleets[one.setup.fleet]
+                for result in _run_setup(one, fleet, only, given):
                     yield {**_describe(one.setup, fleet, given), "round": number, **result}
 
 
@@ -215,7 +238,8 @@ def run(options: argparse.Namespace) -> int:
         if options.attach is not None:
             made = run_attached(options.attach, plan)
         else:
-            made = run_setups(choose(options.setup), plan, given, Path(folder))
+            run_all = run_together if options.together else run_setups
+            made = run_all(choose(options.setup), plan, given, Path(folder))
         for result in made:
             results.append({"commit": commit(), **result})
             if options.json is not None:
