@@ -1,4 +1,7 @@
-"""What breaks, for real, and what the client sees of it: its full answer."""
+"""What breaks, for real, and what the client sees of it: its full answer.
+
+One cluster, from ready to killed: the tests that break it are the last ones, in this order.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture(scope="module")
 def fragile(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
-    """A cluster of its own: the last test of this file leaves half of it dead."""
+    """A cluster of its own, which the last tests of this file end bit by bit."""
     flags = ["--mempool-dram", "16MiB", "--policy", "prefix", "--router-arg=--bypass-tokens=0"]
     with launch_cluster(tiny_model, tmp_path_factory.mktemp("fragile"), flags=flags) as running:
         yield running
@@ -44,11 +47,22 @@ def running_requests(server: Server) -> int:
     return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
 
 
+def gone(pid: int) -> bool:
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 def signal_tree(pid: int, number: signal.Signals) -> None:
     """To a server and all its processes, schedulers first."""
     server = psutil.Process(pid)
     for process in [*server.children(recursive=True), server]:
         os.kill(process.pid, number)
+
+
+def test_ready_means_served(fragile: RunningCluster) -> None:
+    assert generate(fragile.url, "ready means served " * 8, 4).meta["completion_tokens"] == 4
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -153,6 +167,8 @@ def test_prefill_killed_in_mid_request(fragile: RunningCluster) -> None:
     (answer,) = answers
     assert answer.headers["x-memserve-decode"] == decode.url
     assert len(answer.output_ids) == 16
+    report = fragile.router.log.parent / "cluster.log"
+    wait_until(lambda: "prefill-0 died (signal 9)" in report.read_text(), 20, "the report")
     # The cluster goes on without it, at once, with the same tokens.
     started = time.monotonic()
     assert generate(fragile.url, ids, 16).output_ids == answer.output_ids
@@ -160,3 +176,12 @@ def test_prefill_killed_in_mid_request(fragile: RunningCluster) -> None:
     assert time.monotonic() - started < 30
     requests.post(f"{decode.url}/flush_cache", timeout=30).raise_for_status()
     assert generate(decode.url, ids, 16).output_ids == answer.output_ids
+
+
+def test_nothing_survives_a_launcher_that_is_killed(fragile: RunningCluster) -> None:
+    everything = {one.pid for one in psutil.Process(fragile.pid).children(recursive=True)}
+    decode = psutil.Process(fragile.one("decode").pid)
+    schedulers = {one.pid for one in decode.children(recursive=True)}
+    assert schedulers and {fragile.router.pid, decode.pid, *schedulers} < everything
+    os.kill(fragile.pid, signal.SIGKILL)
+    wait_until(lambda: all(map(gone, everything)), 30, "all processes are gone")
