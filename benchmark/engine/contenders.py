@@ -21,6 +21,8 @@ import requests
 from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.cluster.process import Command, GuardedProcess
 
+from benchmark import vllm_server
+
 START_LIMIT_S = 420.0
 # For what is overdue after standing still: timers, health checks.
 SETTLE_S = 0.3
@@ -71,16 +73,8 @@ def vllm(python: Path, model: Path, cores: Sequence[int]) -> Contender:
     """vLLM's CPU build in the environment of ``python``, with the caching it has by default."""
     return Contender(
         "vllm",
-        (
-            *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-            *("--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--dtype", "bfloat16"),
-            *("--max-model-len", "8192"),
-        ),
-        {
-            "VLLM_CPU_KVCACHE_SPACE": "2",
-            "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-            "VLLM_NO_USAGE_STATS": "1",
-        },
+        (*vllm_server.arguments(python, model), "--served-model-name", MODEL_NAME),
+        vllm_server.environment(cores),
     )
 
 

@@ -17,6 +17,8 @@ from sglang_memserve.cluster.process import Command, GuardedProcess
 from sglang_memserve.errors import ConfigError, MemServeError
 from sglang_memserve.types import Role
 
+from benchmark import vllm_server
+
 from .setups import DevicePool, Engine, Fleet
 
 START_LIMIT_S = 420.0
@@ -99,7 +101,9 @@ def start(fleet: Fleet, given: Given, folder: Path) -> Iterator[RunningFleet]:
     from integration.harness import process_environment
 
     cores = sorted(os.sched_getaffinity(0))
-    front_port, *ports = free_ports(1 + len(fleet.roles), taken=set())
+    count = len(fleet.roles)
+    front_port, *others = free_ports(1 + 2 * count, taken=set())
+    ports, side_ports = others[:count], others[count:]
     with ExitStack() as stack:
         environment = stack.enter_context(process_environment())
         processes, instances = [], []
@@ -107,7 +111,8 @@ def start(fleet: Fleet, given: Given, folder: Path) -> Iterator[RunningFleet]:
             core = cores[index % len(cores)]
             log = folder / f"{fleet.name}-{index}.log"
             argv = ("taskset", "-c", str(core), *_argv(fleet, role, port, front_port, given))
-            extra = _vllm_environment(core) if fleet.engine is Engine.VLLM else {}
+            is_vllm = fleet.engine is Engine.VLLM
+            extra = _vllm_environment(core, side_ports[index]) if is_vllm else {}
             command = Command(f"{fleet.name}-{index}", argv, {**environment, **extra}, log)
             processes.append(stack.enter_context(GuardedProcess(command)))
             instances.append(Instance(role, f"http://127.0.0.1:{port}", core, log))
@@ -136,23 +141,18 @@ def _argv(fleet: Fleet, role: Role, port: int, front_port: int, given: Given) ->
 def _vllm(fleet: Fleet, port: int, tokens: int, given: Given) -> Sequence[str]:
     if given.peer_vllm is None:
         raise ConfigError(f"set-up {fleet.name} needs --peer-vllm PYTHON")
-    argv = [given.peer_vllm, "-m", "vllm.entrypoints.openai.api_server"]
-    argv += ["--model", str(given.model), "--host", "127.0.0.1", "--port", str(port)]
-    argv += ["--dtype", "bfloat16", "--max-model-len", "8192", "--enable-prompt-tokens-details"]
+    argv = [*vllm_server.arguments(given.peer_vllm, given.model), "--port", str(port)]
+    argv += ["--enable-prompt-tokens-details"]
     argv += ["--block-size", str(_PAGE), "--num-gpu-blocks-override", str(tokens // _PAGE)]
     if Role.BOTH not in fleet.roles:
         argv += ["--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}']
     return argv
 
 
-def _vllm_environment(core: int) -> dict[str, str]:
-    # The side channel's port is fixed by default, so two instances would collide.
-    (port,) = free_ports(1, taken=set())
+def _vllm_environment(core: int, side_port: int) -> dict[str, str]:
+    """``side_port``: fixed by default, so that two instances would collide."""
     return {
+        **vllm_server.environment([core]),
         "VLLM_SERVER_DEV_MODE": "1",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(port),
-        "VLLM_CPU_OMP_THREADS_BIND": str(core),
-        # More than is used: the number of blocks is said.
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_port),
     }
