@@ -50,6 +50,7 @@ BENCHMARKS = (
     ("router/service.py", "router-service-alone.json"),
     # With --vllm PYTHON, and --llama-server and --llama-model, it also measures those.
     ("engine/latency.py", "engine-latency.json"),
+    ("engine/answers.py", "engine-answers.json"),
     ("serving/moved_prefix.py", "serving-moved-prefix.json"),
     ("serving/pipelined_fetch.py", "serving-pipelined-fetch.json"),
     ("serving/scheduler_share.py", "serving-scheduler-share.json"),
