@@ -16,14 +16,17 @@ from pathlib import Path
 from benchmark.harness import RESULTS, ROOT
 
 _LIMIT_S = 3600.0
-_EACH = ("chat", "react", "documents", "programs", "control")
+_EACH = ("chat", "react", "documents", "control")
+# Set-ups take turns, all instances up: four or six, 3 GB each.
+_TURNS = ("--together", "--rounds", "2")
 _STOCK = "stock-cache-aware-tuned"
 _DESIGNS = ("basic", "caching-2", "caching-3")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One call of ``benchmark.serving``. ``needs``: the options it cannot do without."""
+    """One call of ``benchmark.serving``. ``needs``: the options it cannot do without;
+    ``with_vllm``: more set-ups where that peer is given."""
 
     name: str
     setups: tuple[str, ...]
@@ -31,6 +34,7 @@ class Part:
     rates: tuple[float, ...] = (1.0,)
     needs: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    with_vllm: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path:
@@ -40,12 +44,16 @@ class Part:
 QUICK = Part("quick", ("stock", "pool", "no-pool"), ("chat", "control"), (2.0,),
              extra=("--requests", "40"))  # fmt: skip
 PARTS = (
-    Part("main", (_STOCK, "stock-round-robin:chat+control", "stock-cache-aware:chat", "pool",
-                  "no-pool:chat+documents+programs", "no-pool-session:documents",
-                  "pool-session:documents"), _EACH, needs=("peer_router",)),
+    Part("main", (_STOCK, "stock-round-robin:chat+control", "pool",
+                  "no-pool:chat+documents+control", "pool-session:documents"), _EACH, (2.0,), needs=("peer_router", "data"),
+         extra=_TURNS, with_vllm=("vllm:chat+react+control",)),
     # Half the device pool: conversations do not fit any more.
-    Part("small-hbm", (_STOCK, "no-pool", "pool"), ("chat",), needs=("peer_router",),
-         extra=("--hbm-tokens", "4096")),
+    Part("small-hbm", (_STOCK, "no-pool", "pool"), ("chat",), (2.0,), needs=("peer_router",),
+         extra=("--hbm-tokens", "4096", *_TURNS)),
+    Part("programs", (_STOCK, "no-pool", "pool"), ("programs",), (2.0,), needs=("peer_router",),
+         extra=_TURNS),
+    # As it comes, it sends every conversation to one worker.
+    Part("untuned", ("stock-cache-aware",), ("chat",), (2.0,), needs=("peer_router",)),
     Part("load", (_STOCK, "pool"), ("chat",), (0.5, 1.5, 2.0), needs=("peer_router",)),
     Part("sharegpt", (_STOCK, "pool"), ("sharegpt",), needs=("peer_router", "data")),
     Part("memory", ("stock-large-cache-aware-tuned",), ("chat", "react"), needs=("peer_router",)),
@@ -53,14 +61,14 @@ PARTS = (
                      "no-pool", "no-pool-session"), ("documents",)),
     Part("designs", ("1p1d", *(f"1p1d-{design}" for design in _DESIGNS)), ("chat",)),
     Part("designs-2p1d", ("2p1d", *(f"2p1d-{design}" for design in _DESIGNS)), ("chat",)),
-    Part("vllm", ("vllm",), ("chat", "react", "control"), needs=("peer_vllm",)),
     Part("vllm-1p1d", ("vllm-1p1d",), ("chat",), needs=("peer_vllm",)),
 )  # fmt: skip
 
 
 def command(part: Part, options: argparse.Namespace) -> list[str]:
     argv = [sys.executable, "-m", "benchmark.serving"]
-    argv += ["--setup", ",".join(part.setups), "--workload", ",".join(part.workloads)]
+    setups = part.setups + (part.with_vllm if options.peer_vllm is not None else ())
+    argv += ["--setup", ",".join(setups), "--workload", ",".join(part.workloads)]
     argv += ["--rate", ",".join(f"{rate * options.rate:g}" for rate in part.rates)]
     argv += ["--json", str(part.file.relative_to(ROOT)), *part.extra]
     for flag in ("peer_router", "peer_vllm", "data"):
