@@ -45,8 +45,8 @@ QUICK = Part("quick", ("stock", "pool", "no-pool"), ("chat", "control"), (2.0,),
              extra=("--requests", "40"))  # fmt: skip
 PARTS = (
     Part("main", (_STOCK, "stock-round-robin:chat+control", "pool",
-                  "no-pool:chat+documents+control", "pool-session:documents"), _EACH, (2.0,), needs=("peer_router", "data"),
-         extra=_TURNS, with_vllm=("vllm:chat+react+control",)),
+                  "no-pool:chat+documents+control", "pool-session:documents"), _EACH, (2.0,),
+         needs=("peer_router", "data"), extra=_TURNS, with_vllm=("vllm:chat+react+control",)),
     # Half the device pool: conversations do not fit any more.
     Part("small-hbm", (_STOCK, "no-pool", "pool"), ("chat",), (2.0,), needs=("peer_router",),
          extra=("--hbm-tokens", "4096", *_TURNS)),
