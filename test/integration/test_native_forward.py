@@ -55,7 +55,7 @@ def model(
     make = {"qwen2": _qwen2, "qwen3": _qwen3}[request.param]
     made = make(
         vocab_size=json.loads((tiny_model / "config.json").read_text())["vocab_size"],
-        hidden_size=96,
+        hidden_size=128,
         intermediate_size=160,
         num_hidden_layers=3,
         num_attention_heads=4,
