@@ -11,7 +11,6 @@ itself answered before, token for token.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -23,7 +22,8 @@ from typing import Any
 import requests
 
 from benchmark.engine.contenders import Running, memserve, running, stock
-from benchmark.harness import ROOT, report
+from benchmark.engine.contenders import parser as engine_parser
+from benchmark.harness import report
 from benchmark.workloads.registry import get
 
 LIMIT_S = 180.0
@@ -58,7 +58,7 @@ class Difference:
 
 
 def prompts(model: Path, count: int, seed: int) -> list[list[int]]:
-    """First messages of conversations in turn from each of ``WORKLOADS``, as token ids."""
+    """The first messages of conversations, as many of each of ``WORKLOADS``, as token ids."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -129,15 +129,10 @@ def compared(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=ROOT / ".cache/models/SmolLM2-135M-Instruct")
-    parser.add_argument("--cores", default="0,1", help="such as 0 or 0,1: a thread for each")
+    parser = engine_parser(__doc__, cores="0,1", new_tokens=48)
     parser.add_argument("--prompts", type=int, default=40)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    cores = [int(core) for core in options.cores.split(",")]
+    cores = options.cores
     started = time.monotonic()
     ids = prompts(options.model, options.prompts, options.seed)
     contenders = [memserve(options.model, len(cores)), stock(options.model, len(cores))]

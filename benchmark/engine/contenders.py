@@ -7,12 +7,13 @@ for a second, and would take half of the cores from the next one.
 
 from __future__ import annotations
 
+import argparse
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.cluster.process import Command, GuardedProcess
 
 from benchmark import vllm_server
+from benchmark.harness import ROOT
 
 START_LIMIT_S = 420.0
 # For what is overdue after standing still: timers, health checks.
@@ -45,6 +47,22 @@ class Running:
     name: str
     url: str
     pid: int
+
+
+def parser(description: str | None, *, cores: str, new_tokens: int) -> argparse.ArgumentParser:
+    """What every comparison of engines is told; the defaults of two differ."""
+    made = argparse.ArgumentParser(description=description)
+    add = made.add_argument
+    add("--model", type=Path, default=ROOT / ".cache/models/SmolLM2-135M-Instruct")
+    add("--cores", type=_numbers, default=cores, help="such as 0 or 0,1: a thread for each")
+    add("--new-tokens", type=int, default=new_tokens)
+    add("--seed", type=int, default=1)
+    add("--json", type=Path)
+    return made
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(core) for core in text.split(",")]
 
 
 def memserve(model: Path, threads: int, name: str = "memserve") -> Contender:
@@ -133,7 +151,9 @@ def alone(server: Running, servers: Sequence[Running]) -> Iterator[None]:
         yield
     finally:
         for process in others:
-            process.send_signal(signal.SIGCONT)
+            # One that has died must not leave the others standing; whoever asks it will be told.
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
 
 
 def _tree(process: psutil.Process) -> list[psutil.Process]:

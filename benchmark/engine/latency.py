@@ -36,7 +36,8 @@ from benchmark.engine.contenders import (
     version_of,
     vllm,
 )
-from benchmark.harness import ROOT, report, spread
+from benchmark.engine.contenders import parser as engine_parser
+from benchmark.harness import report, spread
 
 LIMIT_S = 180.0
 PROMPTS = (512, 1550, 4000)
@@ -146,21 +147,16 @@ class Measured:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=ROOT / ".cache/models/SmolLM2-135M-Instruct")
-    parser.add_argument("--cores", default="0", help="such as 0 or 0,1: a thread for each")
+    parser = engine_parser(__doc__, cores="0", new_tokens=48)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--vllm", type=Path, metavar="PYTHON", help="of an environment with it")
     parser.add_argument("--llama-server", type=Path, metavar="PATH", help="llama.cpp's binary")
     parser.add_argument("--llama-model", type=Path, metavar="GGUF", help="the same model, bf16")
     parser.add_argument("--stock", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if (options.llama_server is None) != (options.llama_model is None):
         parser.error("--llama-server and --llama-model go together")
-    cores = [int(core) for core in options.cores.split(",")]
+    cores = options.cores
     started = time.monotonic()
     contenders = [memserve(options.model, len(cores))]
     if options.stock:

@@ -240,8 +240,10 @@ def run(options: argparse.Namespace) -> int:
         else:
             run_all = run_together if options.together else run_setups
             made = run_all(choose(options.setup), plan, given, Path(folder))
+        # Before the first result is written, which may be to a file that is committed.
+        measured = commit()
         for result in made:
-            results.append({"commit": commit(), **result})
+            results.append({"commit": measured, **result})
             if options.json is not None:
                 # Hours may be lost otherwise.
                 report("serving", results, started, options.json)

@@ -119,7 +119,9 @@ class _Client:
                 return told
         told.messages += turn.messages
         sample.prompt = list(told.messages)
-        await asyncio.sleep(max(0.0, turn.arrival_s / self._rate - self._now_s()))
+        # More than once: uvloop's timers count whole milliseconds and may end one early.
+        while (left_s := turn.arrival_s / self._rate - self._now_s()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left_s)
         try:
             answer = await self._ask(turn, told.messages, sample)
         except (TimeoutError, aiohttp.ClientError, _BadAnswer) as error:

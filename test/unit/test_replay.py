@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import pytest
+import uvloop
 from aiohttp import web
 from sglang_memserve.errors import ConfigError
 
@@ -93,7 +94,9 @@ def run(*turns: Turn, salt: Salt = Salt.NONE, limit_s: float = 20.0) -> tuple[Se
         finally:
             await runner.cleanup()
 
-    return server, asyncio.run(go())
+    # SGLang makes uvloop the loop of the process it is imported in; its timers may end early.
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+        return server, loop.run(go())
 
 
 def test_a_turn_waits_for_the_answer_it_comes_after() -> None:

@@ -55,8 +55,8 @@ void check_layer(const DecoderLayer &layer);
 // The same for addresses and strides, and std::out_of_range for a position or slot beyond its limit,
 // before anything is written.
 void check_call(const DecoderLayer &layer, AttentionPlan &plan, const DecoderCall &call);
-// The bits that the ops give one after another: norm, q/k/v, norms of the heads, rotary embedding, attention
-// with the K/V write, output, norm, gate and up, activation, down.
+// The bits that the ops give one after another: norm, q/k/v, norms of the heads, rotary embedding,
+// attention with the K/V write, output, norm, gate and up, activation, down.
 void decode(const DecoderLayer &layer, const AttentionPlan &plan, const DecoderCall &call);
 
 }  // namespace memserve

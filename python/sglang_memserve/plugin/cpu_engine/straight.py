@@ -244,7 +244,7 @@ class StraightThrough:
         return tuple(map(id, parts))
 
     def _prepare(self) -> bool:
-        """Whether this pass can go the short way; layers are made anew when weights have moved."""
+        """Whether this pass can go straight; layers are made anew when weights have moved."""
         backend = get_attn_backend()
         if not isinstance(backend, MemServeCpuAttention):
             return False
