@@ -19,7 +19,11 @@ class Missing(Exception):
 
 def load(name: str) -> list[Run]:
     """Runs in which something was answered. Raises Missing."""
-    file = FOLDER / f"{name}.json"
+    return load_file(FOLDER / f"{name}.json")
+
+
+def load_file(file: Path) -> list[Run]:
+    """``load`` of any file. Raises Missing."""
     if not file.is_file():
         raise Missing(f"{file.name} is not there")
     results: list[Run] = json.loads(file.read_text())["results"]

@@ -46,7 +46,7 @@ _QUIET_S = 1.0
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that is replayed against each set-up. ``limit_s``: for one replay. ``record``:
-    where to write what was sent, the last replay's in the end."""
+    the folder for what was sent, a file a replay (``trace.name_of``)."""
 
     workloads: tuple[Workload, ...]
     rates: tuple[float, ...]
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--peer-router", metavar="PYTHON", help="of an environment with sglang-router")
     add("--peer-vllm", metavar="PYTHON", help="of an environment with vLLM's CPU build")
     add("--limit-s", type=float, default=400.0, help="for one replay (default %(default)g)")
-    add("--record", type=Path, metavar="FILE", help="write what was sent, for the simulator")
+    add("--record", type=Path, metavar="DIR", help="write what was sent, for the simulator")
     add("--json", type=Path, metavar="FILE")
     add("--list", action="store_true", help="say what set-ups there are")
     return parser
@@ -104,20 +104,26 @@ def make_plan(options: argparse.Namespace) -> Plan:
         if options.requests < 1:
             raise ConfigError("--requests must be positive")
         workloads = [first(workload, options.requests) for workload in workloads]
+    if options.record is not None and not options.record.is_dir():
+        raise ConfigError(f"--record {options.record}: not a folder")
     return Plan(tuple(workloads), rates, options.rounds, options.limit_s, options.record)
 
 
-def measure(target: Target, workload: Workload, rate: float, plan: Plan) -> dict[str, Any]:
+def measure(
+    target: Target, workload: Workload, rate: float, plan: Plan, by: dict[str, Any]
+) -> dict[str, Any]:
+    """``by``: what this replay is told apart by, besides its workload and rate."""
     before = router_counters(target.url)
     samples = asyncio.run(replay(target, workload, rate, plan.limit_s))
+    result = {**by, "workload": workload.name, "about": workload.about, "rate": rate}
     if plan.record is not None:
-        trace.write(samples, Path(target.model), plan.record)
-    result = summarize(samples)
+        trace.write(samples, Path(target.model), plan.record / trace.name_of(result))
+    result |= summarize(samples)
     time.sleep(_QUIET_S)
     after = router_counters(target.url)
     if after:
         result["router"] = difference(before, after)
-    return {"workload": workload.name, "about": workload.about, "rate": rate, **result}
+    return result
 
 
 def run_attached(url: str, plan: Plan) -> Iterator[dict[str, Any]]:
@@ -128,8 +134,7 @@ def run_attached(url: str, plan: Plan) -> Iterator[dict[str, Any]]:
     except (requests.RequestException, ValueError, LookupError, TypeError) as error:
         raise MemServeError(f"{url} does not say which models it serves: {error}") from error
     for number, workload, rate in plan.runs():
-        measured = measure(target, workload, rate, plan)
-        yield {"setup": "attached", "round": number, **measured}
+        yield measure(target, workload, rate, plan, {"setup": "attached", "round": number})
 
 
 def run_setups(
@@ -142,8 +147,7 @@ def run_setups(
         with servers.start(sharing[0].setup.fleet, given, folder) as fleet:
             _say(f"{fleet.fleet.name}: up in {time.monotonic() - started:.0f} s")
             for number, one in itertools.product(range(plan.rounds), sharing):
-                for result in _run_setup(one, fleet, plan, given):
-                    yield {**_describe(one.setup, fleet, given), "round": number, **result}
+                yield from _run_setup(one, fleet, plan, given, number)
 
 
 def run_together(
@@ -156,20 +160,24 @@ def run_together(
             fleet: stack.enter_context(servers.start(fleet, given, folder))
             for fleet in dict.fromkeys(one.setup.fleet for one in chosen)
         }
-        for number, workload in itertools.product(range(plan.rounds), plan.workloads):
+        for number, workload, one in in_turns(chosen, plan):
             only = replace(plan, workloads=(workload,))
-            for one in chosen[::-1] if number % 2 else chosen:
-                if not one.takes(workload.name):
-                    continue
-                fleet = fleets[one.setup.fleet]
-                for result in _run_setup(one, fleet, only, given):
-                    yield {**_describe(one.setup, fleet, given), "round": number, **result}
+            yield from _run_setup(one, fleets[one.setup.fleet], only, given, number)
+
+
+def in_turns(chosen: Sequence[Chosen], plan: Plan) -> Iterator[tuple[int, Workload, Chosen]]:
+    """Round, workload and set-up, each set-up with the workloads it takes."""
+    for number, workload in itertools.product(range(plan.rounds), plan.workloads):
+        for one in chosen[::-1] if number % 2 else chosen:
+            if one.takes(workload.name):
+                yield number, workload, one
 
 
 def _run_setup(
-    chosen: Chosen, fleet: RunningFleet, plan: Plan, given: Given
+    chosen: Chosen, fleet: RunningFleet, plan: Plan, given: Given, number: int
 ) -> Iterator[dict[str, Any]]:
     setup = chosen.setup
+    by = {**_describe(setup, fleet, given), "round": number}
     with fronts.start(setup.front, fleet, given) as url:
         target = Target(url, str(given.model), setup.salt)
         asyncio.run(replay(target, warm_up(), 1.0, plan.limit_s))
@@ -179,7 +187,7 @@ def _run_setup(
             fleet.flush()
             time.sleep(_QUIET_S)
             before = used()
-            result = measure(target, workload, rate, plan)
+            result = measure(target, workload, rate, plan, by)
             result["others_cores"] = others_cores(before, used())
             _say_result(setup.name, result)
             yield result

@@ -51,6 +51,7 @@ class Sample:
     generated_tokens: int = 0
     error: str = ""
     prompt: list[Message] = field(default_factory=list)
+    answer: str = ""
 
     @property
     def ttft_s(self) -> float:
@@ -127,6 +128,7 @@ class _Client:
         except (TimeoutError, aiohttp.ClientError, _BadAnswer) as error:
             sample.error = f"{type(error).__name__}: {error}"[:200]
             return told
+        sample.answer = answer
         told.messages.append(Message("assistant", answer))
         return told
 

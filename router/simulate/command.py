@@ -90,9 +90,14 @@ def parse_args(argv: Sequence[str]) -> Options:
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
     if not (isfinite(args.heartbeat_s) and args.heartbeat_s > 0):
         raise ConfigError("--heartbeat-s must be positive")
+    profile = load(args.profile)
+    if args.hbm_tokens is not None:
+        if args.hbm_tokens <= 0:
+            raise ConfigError("--hbm-tokens must be positive")
+        profile = msgspec.structs.replace(profile, hbm_tokens=args.hbm_tokens)
     terms = Terms(
         page_tokens=args.page_tokens,
-        dram_bytes=None if args.dram is None else parse_size(args.dram),
+        dram_bytes=_dram_bytes(args.dram),
         eviction=parse_eviction(args.eviction),
         bypass_tokens=args.bypass_tokens,
         heartbeat_s=args.heartbeat_s,
@@ -101,7 +106,7 @@ def parse_args(argv: Sequence[str]) -> Options:
     return Options(
         args.trace,
         args.block_tokens,
-        load(args.profile),
+        profile,
         tuple(parse_shape(name) for name in shapes),
         policies,
         _rates(args.rate),
@@ -112,6 +117,12 @@ def parse_args(argv: Sequence[str]) -> Options:
         terms,
         args.json,
     )
+
+
+def _dram_bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    return 0 if text == "0" else parse_size(text)
 
 
 def _rates(text: str) -> tuple[float, ...]:
@@ -143,7 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--spread", type=float, default=0.0, metavar="S", help="each up to S seconds later")
     add("--seed", type=int, default=0, help="of --spread")
     add("--until", type=float, metavar="S", help="stop after so many seconds of the run")
-    add("--dram", metavar="SIZE", help="MemPool of each instance, as 64GiB (default: profile's)")
+    add("--hbm-tokens", type=int, metavar="N", help="KV slots of an instance (default: profile's)")
+    add(
+        "--dram",
+        metavar="SIZE",
+        help="MemPool of each instance, as 64GiB; or 0 (default: profile's)",
+    )
     add("--eviction", default=DEFAULT_EVICTION.value, help=_either(Eviction))
     add("--page-tokens", type=int, default=128, help="tokens of a page; divides --block-tokens")
     add("--bypass-tokens", type=int, metavar="N", help="as the router's flag")
@@ -172,7 +188,8 @@ def run(
     page, block = options.terms.page_tokens, options.block_tokens
     for one in arrivals:
         keyed = trace.keyed(one, page, block)
-        fleet.submit(one.at_s, keyed, one.output_tokens, one.session)
+        answered = trace.answered_keys(one, page, block)
+        fleet.submit(one.at_s, keyed, one.output_tokens, one.session, answered)
     served = fleet.run(float("inf") if options.until is None else options.until)
     fleet.check()
     return report(

@@ -41,7 +41,8 @@ class Job:
 
     ``on_pages`` hears how many leading pages are there, whenever these are more; ``on_prefilled``
     when the prompt is computed and the first token is out; ``on_done`` at the end.
-    ``given_pages``: leading ones that somebody put into its HBM slots already."""
+    ``given_pages``: leading ones that somebody put into its HBM slots already. ``answered_keys``:
+    of the pages that prompt and answer fill, which stay behind; empty: the prompt's alone do."""
 
     keys: Sequence[PageKey]
     prompt_tokens: int
@@ -50,6 +51,7 @@ class Job:
     on_prefilled: Callable[[Prefilled], None]
     on_done: Callable[[], None]
     given_pages: int = 0
+    answered_keys: Sequence[PageKey] = ()
     seat: Seat | None = None
     at: int = 0
     cached_tokens: int = 0
@@ -200,7 +202,7 @@ class Engine:
             heapq.heappush(self._streams, (end, self._count, job))
             self._context += job.prompt_tokens
         else:
-            self._memory.leave(job.seat)
+            self._memory.leave(job.seat, job.answered_keys)
         job.on_prefilled(Prefilled(job.seat.hbm_pages, job.seat.dram_pages, new))
         if not goes_on:
             job.on_done()
@@ -233,7 +235,7 @@ class Engine:
             job = heapq.heappop(self._streams)[2]
             self._context -= job.prompt_tokens + job.output_tokens - 1
             assert job.seat is not None
-            self._memory.leave(job.seat)
+            self._memory.leave(job.seat, job.answered_keys)
             ended.append(job)
         for job in ended:
             job.on_done()

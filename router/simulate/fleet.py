@@ -15,7 +15,7 @@ from math import inf
 from sglang_memserve.config import DEFAULT_EVICTION
 from sglang_memserve.errors import ConfigError
 from sglang_memserve.protocol.events import Event
-from sglang_memserve.types import Eviction, InstanceId, Role
+from sglang_memserve.types import Eviction, InstanceId, PageKey, Role
 
 from ..cost.bookings import Bookings
 from ..cost.learned import CostModel
@@ -111,9 +111,15 @@ class Fleet:
     # -- running --
 
     def submit(
-        self, at_s: float, keyed: Keyed, output_tokens: int, session: str | None = None
+        self,
+        at_s: float,
+        keyed: Keyed,
+        output_tokens: int,
+        session: str | None = None,
+        answered_keys: Sequence[PageKey] = (),
     ) -> Served:
-        """A request that comes at ``at_s``; its record is filled in while it is served."""
+        """A request that comes at ``at_s``; its record is filled in while it is served.
+        ``answered_keys``: ``engine.Job``."""
         served = Served(at_s, keyed.tokens, output_tokens)
         self.served.append(served)
         slots = self.profile.hbm_tokens // self.terms.page_tokens * self.terms.page_tokens
@@ -121,7 +127,7 @@ class Fleet:
             served.refused = True
             return served
         self._open += 1
-        journey = Journey(self, keyed, output_tokens, session, served)
+        journey = Journey(self, keyed, output_tokens, session, answered_keys, served)
         self.agenda.at(at_s, journey.begin)
         return served
 

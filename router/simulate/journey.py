@@ -10,10 +10,10 @@ code; what is written anew here is the order of the steps, since theirs is made 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from sglang_memserve.types import InstanceId
+from sglang_memserve.types import InstanceId, PageKey
 
 from ..cost.backlog import Ending
 from ..cost.bookings import Booking, Order
@@ -35,13 +35,20 @@ class Journey:
     """Ends by itself: every wait in it has a deadline, and instances serve what they accept."""
 
     def __init__(
-        self, fleet: Fleet, keyed: Keyed, output_tokens: int, session: str | None, served: Served
+        self,
+        fleet: Fleet,
+        keyed: Keyed,
+        output_tokens: int,
+        session: str | None,
+        answered_keys: Sequence[PageKey],
+        served: Served,
     ) -> None:
         self._fleet = fleet
         self._keyed = keyed
         self._keys = keyed.chains[0].keys
         self._output_tokens = output_tokens
         self._session = session
+        self._answered_keys = answered_keys
         self._served = served
         self._plan: Plan
         self._booking: Booking
@@ -220,6 +227,7 @@ class Journey:
             first_token,
             done,
             self._given_pages,
+            self._answered_keys,
         )
         fleet.agenda.after(fleet.profile.hop_s, lambda: site.engine.submit(job))
 

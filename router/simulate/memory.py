@@ -2,7 +2,8 @@
 
 What is computed is written through to DRAM. A request takes all the HBM it will ever need when it
 is admitted (the engine knows how long the answer gets; a real one guesses and puts streams out
-when it guessed wrong), pins what it shares, and leaves its prompt's pages behind. HBM is evicted
+when it guessed wrong), pins what it shares, and leaves its prompt's pages behind, and the answer's
+where the trace says which these are. HBM is evicted
 leaf first, least recently used, as SGLang does; DRAM by the policy that MemPool is given. What was
 fetched for a request is held there until it is admitted, by MemPool's own holds and their bounds.
 """
@@ -114,8 +115,12 @@ class Memory:
             first = keys.index(change.stored[0], start) if change.stored else 0
             self._tell(Tier.DRAM, keys, first, change)
 
-    def leave(self, seat: Seat) -> None:
+    def leave(self, seat: Seat, answered: Sequence[PageKey] = ()) -> None:
+        """``answered``: keys of prompt and answer; those of the prompt come first in it."""
         assert not seat.left
+        if answered:
+            seat.keys = answered
+            self.computed(seat, len(answered))
         seat.left = True
         self.hbm.index.unpin(seat.shared)
         self.hbm.give(seat.private)

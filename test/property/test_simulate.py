@@ -52,7 +52,13 @@ def arrivals(draw: st.DrawFn) -> list[Arrival]:
         tokens = draw(st.integers(1, 60))
         count = -(-tokens // BLOCK)
         blocks = draw(st.lists(st.integers(0, 2), min_size=count, max_size=count))
-        found.append(Arrival(at_s, tokens, draw(st.integers(1, 20)), tuple(blocks)))
+        output = draw(st.integers(1, 20))
+        answered: tuple[int, ...] = ()
+        if draw(st.booleans()):
+            more = -(-(tokens + output) // BLOCK) - tokens // BLOCK
+            said = draw(st.lists(st.integers(0, 2), min_size=more, max_size=more))
+            answered = (*blocks[: tokens // BLOCK], *said)
+        found.append(Arrival(at_s, tokens, output, tuple(blocks), None, answered))
     return found
 
 
@@ -62,13 +68,26 @@ ROLES = st.lists(st.sampled_from(list(Role)), min_size=1, max_size=4).filter(
 
 
 @settings(max_examples=80, deadline=None)
-@given(profiles(), arrivals(), ROLES, st.sampled_from(NAMES), st.sampled_from(list(Eviction)))
+@given(
+    profiles(),
+    arrivals(),
+    ROLES,
+    st.sampled_from(NAMES),
+    st.sampled_from(list(Eviction)),
+    st.sampled_from([PAGE, BLOCK]),
+)
 def test_every_request_ends_once_and_every_token_comes_from_somewhere(
-    profile: Profile, requests: list[Arrival], roles: list[Role], policy: str, eviction: Eviction
+    profile: Profile,
+    requests: list[Arrival],
+    roles: list[Role],
+    policy: str,
+    eviction: Eviction,
+    page: int,
 ) -> None:
-    fleet = Fleet(profile, roles, Terms(policy=policy, page_tokens=PAGE, eviction=eviction))
+    fleet = Fleet(profile, roles, Terms(policy=policy, page_tokens=page, eviction=eviction))
     for asked in requests:
-        fleet.submit(asked.at_s, trace.keyed(asked, PAGE, BLOCK), asked.output_tokens)
+        keyed, answered = trace.keyed(asked, page, BLOCK), trace.answered_keys(asked, page, BLOCK)
+        fleet.submit(asked.at_s, keyed, asked.output_tokens, None, answered)
     served = fleet.run()
     fleet.check()
     for one, asked in zip(served, requests, strict=True):

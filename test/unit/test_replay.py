@@ -13,6 +13,7 @@ from aiohttp import web
 from sglang_memserve.errors import ConfigError
 
 from benchmark.results import merged
+from benchmark.serving.__main__ import Plan, in_turns
 from benchmark.serving.proxy import Proxy
 from benchmark.serving.replay import Sample, Target, replay
 from benchmark.serving.setups import SETUPS, Salt, choose
@@ -158,6 +159,24 @@ def test_setups_of_one_fleet_come_together() -> None:
     assert all(setup.about for setup in SETUPS.values())
     with pytest.raises(ConfigError, match="no set-up 'best'"):
         choose("stock,best")
+
+
+def test_set_ups_take_turns_and_every_second_round_the_other_way_round() -> None:
+    workloads = tuple(Workload(name, "", (turn("a", 0, None),)) for name in "vw")
+    plan = Plan(workloads, (1.0,), rounds=2, limit_s=1.0)
+    turns = in_turns(choose("pool,no-pool:w,stock"), plan)
+    assert [(number, workload.name, one.setup.name) for number, workload, one in turns] == [
+        (0, "v", "pool"),
+        (0, "v", "stock"),
+        (0, "w", "pool"),
+        (0, "w", "no-pool"),
+        (0, "w", "stock"),
+        (1, "v", "stock"),
+        (1, "v", "pool"),
+        (1, "w", "stock"),
+        (1, "w", "no-pool"),
+        (1, "w", "pool"),
+    ]
 
 
 def test_the_plain_proxy_keeps_a_client_where_it_is() -> None:

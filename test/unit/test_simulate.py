@@ -49,6 +49,11 @@ def test_a_trace_begins_at_its_first_request_whatever_the_order(tmp_path: Path) 
         (line(input_length=0), "line 2: input_length is 0"),
         (line(output_length=0), "line 2: output_length is 0"),
         (line(hash_ids=[1]), "line 2: 1 hash_ids for 600 tokens in blocks of 512"),
+        (
+            line(answered_hash_ids=[1, 2, 3]),
+            "line 2: 3 answered_hash_ids for 605 tokens in blocks of 512: there must be 2",
+        ),
+        (line(answered_hash_ids=[2, 3]), "line 2: answered_hash_ids must begin with the 1 "),
         ('{"timestamp": 0}', "line 2: Object missing required field"),
         (json.dumps("\udfff"), "line 2: "),
     ],

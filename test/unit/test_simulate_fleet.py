@@ -145,6 +145,30 @@ def test_a_prefix_is_found_moved_and_loaded() -> None:
     assert len(p.memory.dram.index) >= 50 <= len(d.memory.dram.index)
 
 
+@pytest.mark.parametrize("output", [1, 25])
+def test_what_was_generated_is_found_by_the_prompt_that_goes_on_from_it(output: int) -> None:
+    # 50 tokens and the answer; then both again and ten more.
+    first = Arrival(0.0, 50, output, (1, 2, 3, 4, 5), None, (1, 2, 3, 4, 5, 6, 7, 8))
+    second = Arrival(100.0, 60 + output, 1, (1, 2, 3, 4, 5, 6, 7, 8, 9))
+    fleet = Fleet(PLAIN, [Role.BOTH], TERMS)
+    for one in (first, second):
+        answered = trace.answered_keys(one, 10, 10)
+        fleet.submit(one.at_s, trace.keyed(one, 10, 10), one.output_tokens, None, answered)
+    _, served = fleet.run()
+    fleet.check()
+    # The last token of an answer is never computed.
+    assert served.hbm_tokens == (50 + output - 1) // 10 * 10
+    (site,) = fleet.sites.values()
+    assert site.memory.dram.index.leading(trace.answered_keys(first, 10, 10)) == (
+        (50 + output - 1) // 10
+    )
+
+
+def test_answers_are_nobodys_cache_where_pages_are_shorter_than_blocks() -> None:
+    arrival = Arrival(0.0, 50, 25, (1, 2), None, (1, 2))
+    assert not trace.answered_keys(arrival, 10, 40)
+
+
 # -- pages that wait for their request --
 
 
