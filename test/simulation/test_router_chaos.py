@@ -29,6 +29,7 @@ from sglang_memserve.types import Role
 from simulation import toy_engine as toy
 from simulation.router_machines import WAIT_S
 from simulation.toy_instances import ToyInstance
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 SEEDS = range(int(os.environ.get("MEMSERVE_CHAOS", "3")))
 CHAOS_S = 5.0
@@ -38,6 +39,19 @@ SHORT = StepDeadlines(
     fetch_s=0.5, prefill_s=1.0, least_prefill_s=0.2, grace_s=0.2, least_grace_s=0.05
 )
 PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
+
+
+def _mortal(dead: asyncio.Event) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol, which takes no connection any more once ``dead`` is set. Without it one
+    that is accepted while the server closes outlives it, and the old router answers there."""
+
+    class Mortal(HttpToolsProtocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if dead.is_set():
+                transport.abort()
+
+    return Mortal
 
 
 class RouterProcess:
@@ -50,6 +64,7 @@ class RouterProcess:
         self._stack = contextlib.AsyncExitStack()
         self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
+        self._dead = asyncio.Event()
 
     @property
     def url(self) -> str:
@@ -61,12 +76,15 @@ class RouterProcess:
             policy="cost", heartbeat_s=0.1, expire_s=2.0, stall_timeout_s=5.0, connect_timeout_s=1.0
         )
         app = await self._stack.enter_async_context(running(config, steps=SHORT))
-        self._server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
+        self._dead = asyncio.Event()
+        serving = uvicorn.Config(app, http=_mortal(self._dead), lifespan="off", log_config=None)
+        self._server = uvicorn.Server(serving)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
 
     async def kill(self) -> None:
         self.away_since = self.away_since or time.monotonic()
         assert self._server is not None and self._serving is not None
+        self._dead.set()
         self._server.should_exit = self._server.force_exit = True
         for connection in list(self._server.server_state.connections):
             connection.transport.abort()
@@ -188,15 +206,19 @@ class World:
 
     async def known(self, router: RouterProcess, least: int) -> list[dict[str, Any]]:
         """The router's members when ``least`` of them are ready and followed."""
-        async with aiohttp.ClientSession() as http, asyncio.timeout(WAIT_S):
-            while True:
-                with contextlib.suppress(aiohttp.ClientError):
-                    async with http.get(f"{router.url}/readiness") as response:
-                        members: list[dict[str, Any]] = (await response.json())["members"]
-                    ready = [m for m in members if m["state"] == "ready" and m["source"] == "exact"]
-                    if len(ready) >= least:
-                        return ready
-                await asyncio.sleep(0.02)
+        members: list[dict[str, Any]] = []
+        try:
+            async with aiohttp.ClientSession() as http, asyncio.timeout(WAIT_S):
+                while True:
+                    with contextlib.suppress(aiohttp.ClientError):
+                        async with http.get(f"{router.url}/readiness") as response:
+                            members = (await response.json())["members"]
+                        states = [(member["state"], member["source"]) for member in members]
+                        if states.count(("ready", "exact")) >= least:
+                            return members
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise AssertionError(f"seed {self.seed}: {least=}, {self.down=}: {members}") from None
 
     # -- what must be right all the same --
 

@@ -86,8 +86,12 @@ class ToyInstance(Machine):
     async def _silence(self) -> None:
         for task in self._beats:
             task.cancel()
-        await asyncio.gather(*self._beats, return_exceptions=True)
+        ended = await asyncio.gather(*self._beats, return_exceptions=True)
         self._beats = []
+        for error in ended:
+            # Heartbeats end when they are cancelled, and never by themselves.
+            if not isinstance(error, asyncio.CancelledError):
+                raise AssertionError(f"{self.url} ceased to register") from error
 
     async def _keep_registered(self, router: str) -> None:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2)) as http:
