@@ -25,8 +25,7 @@ _DESIGNS = ("basic", "caching-2", "caching-3")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One call of ``benchmark.serving``. ``needs``: the options it cannot do without;
-    ``with_vllm``: more set-ups where that peer is given."""
+    """One call of ``benchmark.serving``. ``needs``: the options it cannot do without."""
 
     name: str
     setups: tuple[str, ...]
@@ -34,7 +33,6 @@ class Part:
     rates: tuple[float, ...] = (1.0,)
     needs: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
-    with_vllm: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path:
@@ -46,32 +44,36 @@ QUICK = Part("quick", ("stock", "pool", "no-pool"), ("chat", "control"), (2.0,),
 PARTS = (
     Part("main", (_STOCK, "stock-round-robin:chat+control", "pool",
                   "no-pool:chat+documents+control", "pool-session:documents"), _EACH, (2.0,),
-         needs=("peer_router", "data"), extra=_TURNS, with_vllm=("vllm:chat+react+control",)),
+         needs=("peer_router", "data"), extra=_TURNS),
     # Half the device pool: conversations do not fit any more.
-    Part("small-hbm", (_STOCK, "no-pool", "pool"), ("chat",), (2.0,), needs=("peer_router",),
-         extra=("--hbm-tokens", "4096", *_TURNS)),
+    Part("small-hbm", (_STOCK, "no-pool", "pool"), ("chat", "react"), (2.0,),
+         needs=("peer_router", "data"), extra=("--hbm-tokens", "4096", *_TURNS)),
     Part("programs", (_STOCK, "no-pool", "pool"), ("programs",), (2.0,), needs=("peer_router",),
          extra=_TURNS),
     # As it comes, it sends every conversation to one worker.
     Part("untuned", ("stock-cache-aware",), ("chat",), (2.0,), needs=("peer_router",)),
-    Part("load", (_STOCK, "pool"), ("chat",), (0.5, 1.5, 2.0), needs=("peer_router",)),
-    Part("sharegpt", (_STOCK, "pool"), ("sharegpt",), needs=("peer_router", "data")),
-    Part("memory", ("stock-large-cache-aware-tuned",), ("chat", "react"), needs=("peer_router",)),
+    # With --record also what the simulator is compared with.
+    Part("load", (_STOCK, "pool"), ("chat", "react"), (1.0, 2.0, 3.0),
+         needs=("peer_router", "data"), extra=("--together",)),
+    Part("sharegpt", (_STOCK, "pool"), ("sharegpt",), (2.0,), needs=("peer_router", "data"),
+         extra=("--together",)),
+    Part("memory", ("stock-large-cache-aware-tuned",), ("chat", "react"), (2.0,),
+         needs=("peer_router", "data"), extra=("--hbm-tokens", "4096")),
     Part("routing", ("pool", "pool-prefix", "pool-session", "pool-least-load", "pool-round-robin",
                      "no-pool", "no-pool-session"), ("documents",)),
     Part("designs", ("1p1d", *(f"1p1d-{design}" for design in _DESIGNS)), ("chat",)),
     Part("designs-2p1d", ("2p1d", *(f"2p1d-{design}" for design in _DESIGNS)), ("chat",)),
+    Part("vllm", ("vllm",), ("chat", "react", "control"), (2.0,), needs=("peer_vllm", "data")),
     Part("vllm-1p1d", ("vllm-1p1d",), ("chat",), needs=("peer_vllm",)),
 )  # fmt: skip
 
 
 def command(part: Part, options: argparse.Namespace) -> list[str]:
     argv = [sys.executable, "-m", "benchmark.serving"]
-    setups = part.setups + (part.with_vllm if options.peer_vllm is not None else ())
-    argv += ["--setup", ",".join(setups), "--workload", ",".join(part.workloads)]
+    argv += ["--setup", ",".join(part.setups), "--workload", ",".join(part.workloads)]
     argv += ["--rate", ",".join(f"{rate * options.rate:g}" for rate in part.rates)]
     argv += ["--json", str(part.file.relative_to(ROOT)), *part.extra]
-    for flag in ("peer_router", "peer_vllm", "data"):
+    for flag in ("peer_router", "peer_vllm", "data", "record"):
         value = getattr(options, flag)
         if value is not None:
             argv += [f"--{flag.replace('_', '-')}", str(value)]
@@ -99,6 +101,7 @@ def main() -> int:
     add("--peer-router", metavar="PYTHON", help="of an environment with sglang-router")
     add("--peer-vllm", metavar="PYTHON", help="of an environment with vLLM's CPU build")
     add("--data", type=Path, metavar="DIR", help="files of the react and documents workloads")
+    add("--record", type=Path, metavar="DIR", help="write what was sent, for the simulator")
     options = parser.parse_args()
     failed = []
     for part in possible((QUICK,) if options.quick else PARTS, options):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,29 @@ _LATENCIES = ("ttft_ms", "tpot_ms", "jct_ms")
 _QUANTILES = ("mean", "p50", "p90", "p99")
 
 
-def simulated(run: Run, traces: Path, profile: str) -> Report:
-    """What the simulator makes of ``run``. Raises ConfigError where it cannot be compared."""
-    setup = SETUPS.get(run["setup"])
+def policy_of(name: str) -> str:
+    """Of a set-up. Raises ConfigError for one that the simulator cannot be compared with."""
+    setup = SETUPS.get(name)
     if setup is None or setup.front.kind is not FrontKind.ROUTER or setup.salt is not Salt.NONE:
-        raise ConfigError(f"{run['setup']}: not behind MemServe's router, or salted")
+        raise ConfigError(f"{name}: not behind MemServe's router, or salted")
     flags = dict(zip(setup.front.arguments[::2], setup.front.arguments[1::2], strict=True))
     policy = flags.pop("--policy", "cost")
     if flags:
-        raise ConfigError(f"{run['setup']}: the simulator knows no {', '.join(flags)}")
+        raise ConfigError(f"{name}: the simulator knows no {', '.join(flags)}")
+    return policy
+
+
+def simulated(run: Run, traces: Path, profile: str) -> Report:
+    """What the simulator makes of ``run``. Raises ConfigError for a set-up that it cannot be
+    compared with, and for a trace that is not there."""
+    policy = policy_of(run["setup"])
+    roles = SETUPS[run["setup"]].fleet.roles
     dram = f"{run['dram_mib']}MiB" if run["dram_mib"] else "0"
     options = command.parse_args(
         [
             *("--trace", str(traces / trace.name_of(run)), "--profile", profile),
             *("--block-tokens", str(trace.BLOCK_TOKENS), "--page-tokens", str(trace.BLOCK_TOKENS)),
-            *("--shape", "".join(f"1{_LETTERS[role.value]}" for role in setup.fleet.roles)),
+            *("--shape", "".join(f"1{_LETTERS[role.value]}" for role in roles)),
             *("--hbm-tokens", str(run["hbm_tokens"]), "--dram", dram),
             *("--policy", policy),
         ]
@@ -88,6 +97,23 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
+def choose(runs: Sequence[Run]) -> list[Run]:
+    """Those that can be compared; says why the others cannot. Raises ConfigError if none can."""
+    chosen: list[Run] = []
+    reasons: dict[str, None] = {}
+    for run in runs:
+        try:
+            policy_of(run["setup"])
+            chosen.append(run)
+        except ConfigError as error:
+            reasons[str(error)] = None
+    if not chosen:
+        raise ConfigError("nothing to compare: " + "; ".join(reasons))
+    for reason in reasons:
+        print(f"left out: {reason}", file=sys.stderr)
+    return chosen
+
+
 def main() -> int:
     began = time.monotonic()
     parser = argparse.ArgumentParser(
@@ -103,7 +129,7 @@ def main() -> int:
     options = parser.parse_args()
     results = []
     try:
-        for run in load_file(options.runs):
+        for run in choose(load_file(options.runs)):
             found = compared(run, simulated(run, options.traces, options.profile))
             results.append(found)
             print(line(found), file=sys.stderr)

@@ -10,7 +10,7 @@ import pytest
 from sglang_memserve.errors import ConfigError
 
 from benchmark.serving.trace import BLOCK_TOKENS, block_ids, name_of
-from benchmark.serving.validate import compared, line, simulated
+from benchmark.serving.validate import choose, compared, line, simulated
 
 SPREAD = {"mean": 100.0, "p50": 100.0, "p90": 100.0, "p99": 100.0}
 
@@ -45,6 +45,16 @@ def test_a_recorded_replay_is_simulated(tmp_path: Path, setup: str, dram_mib: in
     cached = 5 * BLOCK_TOKENS / (64 + 96) if setup == "pool" else 0.0
     assert told["cached_share"] == pytest.approx(cached)
     assert found["setup"] in line(found)
+
+
+def test_a_file_of_many_set_ups_is_compared_as_far_as_it_can_be(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runs = [run_of("stock-round-robin"), run_of("pool"), run_of("stock-round-robin")]
+    assert choose(runs) == runs[1:2]
+    assert capsys.readouterr().err.count("left out: stock-round-robin") == 1
+    with pytest.raises(ConfigError, match="nothing to compare: stock-round-robin"):
+        choose(runs[:1])
 
 
 def test_what_the_simulator_does_not_do_is_not_compared(tmp_path: Path) -> None:
