@@ -59,6 +59,8 @@ PARTS = (
          extra=("--together",)),
     Part("memory", ("stock-large-cache-aware-tuned",), ("chat", "react"), (2.0,),
          needs=("peer_router", "data"), extra=("--hbm-tokens", "4096")),
+    Part("documents", ("pool", "pool-session", "no-pool-session"), ("documents",), (2.0, 4.0, 6.0),
+         needs=("data",), extra=("--rounds", "2")),
     Part("routing", ("pool", "pool-prefix", "pool-session", "pool-least-load", "pool-round-robin",
                      "no-pool", "no-pool-session"), ("documents",)),
     Part("designs", ("1p1d", *(f"1p1d-{design}" for design in _DESIGNS)), ("chat",)),

@@ -171,10 +171,10 @@ def _main() -> None:
 
 
 def _load() -> None:
-    runs = [r for r in _runs("evaluation-main") if r["workload"] == "chat"]
-    more = _runs("evaluation-load")
-    kept = {run["setup"] for run in more}
-    by_load([r for r in runs if r["setup"] in kept] + more, "Chat by load", "chat-load")
+    runs = _runs("evaluation-load")
+    for workload in in_order([run["workload"] for run in runs]):
+        own = [run for run in runs if run["workload"] == workload]
+        by_load(own, f"{workload} by load", f"{workload}-load")
 
 
 def _distributions() -> None:
@@ -197,11 +197,39 @@ def _designs() -> None:
 
 def _small_hbm() -> None:
     runs = _runs("evaluation-small-hbm")
-    distributions(runs, "Chat, 4,096 KV slots an instance: share within a time", "small-hbm")
+    chat = [run for run in runs if run["workload"] == "chat"]
+    distributions(chat, "chat, 4,096 KV slots an instance: share within a time", "small-hbm-cdf")
+    bars(runs + _runs("evaluation-memory"), "4,096 KV slots an instance", "small-hbm")
 
 
 def _routing() -> None:
     bars(_runs("evaluation-routing"), "Questions on documents by routing", "routing")
+
+
+def _documents() -> None:
+    by_load(_runs("evaluation-documents"), "documents by load and routing", "documents-load")
+
+
+def _validated() -> None:
+    """Points: measured; lines: simulated, on one profile."""
+    runs = [run for run in load("simulate-validation", "measured") if run["setup"] == "pool"]
+    workloads = in_order([run["workload"] for run in runs])
+    panels = (("ttft_mean_ms", "mean TTFT, s"), ("jct_mean_ms", "mean JCT, s"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.8))
+    for place, workload in enumerate(workloads):
+        own = sorted((r for r in runs if r["workload"] == workload), key=lambda r: float(r["rate"]))
+        rates = [run["rate"] for run in own]
+        for axis, (what, label) in zip(axes, panels, strict=True):
+            axis.plot(rates, [r["simulated"][what] / 1e3 for r in own], color=colour("", place),
+                      label=f"{workload}, simulated")  # fmt: skip
+            axis.plot(rates, [r["measured"][what] / 1e3 for r in own], color=colour("", place),
+                      marker="o", linestyle="", label=f"{workload}, measured")  # fmt: skip
+            axis.set_xlabel("load, times the workload's own speed")
+            axis.set_ylabel(label)
+            axis.set_ylim(bottom=0)
+            axis.spines[["top", "right"]].set_visible(False)
+    title = "pool: the simulator beside real replays"
+    _finish(figure, axes[0], title, "simulated-and-measured")
 
 
 def _simulated() -> None:
@@ -215,8 +243,10 @@ FIGURES: dict[str, Callable[[], None]] = {
     "distributions": _distributions,
     "funnel": _funnel,
     "small-hbm": _small_hbm,
+    "documents": _documents,
     "designs": _designs,
     "routing": _routing,
+    "validated": _validated,
     "simulated": _simulated,
 }
 

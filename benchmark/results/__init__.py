@@ -17,17 +17,18 @@ class Missing(Exception):
     """A results file that is asked for is not there."""
 
 
-def load(name: str) -> list[Run]:
-    """Runs in which something was answered. Raises Missing."""
-    return load_file(FOLDER / f"{name}.json")
+def load(name: str, has: str = "ttft_ms") -> list[Run]:
+    """Committed runs that have such a figure: by default those in which something was answered.
+    Raises Missing."""
+    return load_file(FOLDER / f"{name}.json", has)
 
 
-def load_file(file: Path) -> list[Run]:
+def load_file(file: Path, has: str = "ttft_ms") -> list[Run]:
     """``load`` of any file. Raises Missing."""
     if not file.is_file():
         raise Missing(f"{file.name} is not there")
     results: list[Run] = json.loads(file.read_text())["results"]
-    return [run for run in results if "ttft_ms" in run]
+    return [run for run in results if has in run]
 
 
 def merged(runs: Sequence[Run]) -> list[Run]:
