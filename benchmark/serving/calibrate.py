@@ -1,10 +1,13 @@
 """Measures one MemServe instance on one core and writes the profile that the simulator takes.
 
-    python -m benchmark.serving.calibrate --profile FILE [--model DIR] [--json FILE]
+    python -m benchmark.serving.calibrate --profile FILE [--beside] [--model DIR] [--json FILE]
 
 Prefill: time to the only token of prompts of several lengths, new and with all but a part cached.
 Decode: time a token of some streams at once. Each is fitted by least squares of the relative error,
 no coefficient below zero; how far the fit is off is written beside it.
+
+Instances on one machine share its memory bandwidth, which is what decoding on a CPU waits for. With
+``--beside`` another instance on a core of its own answers all the while, as in a fleet.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ import asyncio
 import itertools
 import json
 import random
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +42,8 @@ _PREFILLS = ((64, 0), (256, 0), (512, 0), (1024, 0), (2048, 0), (576, 512), (108
              (1280, 1024), (2112, 2048), (2560, 2048))  # fmt: skip
 _STREAMS = ((1, 128), (2, 128), (4, 128), (8, 128), (1, 1024), (4, 1024), (6, 1024))
 _NEW_TOKENS = 24
+# What goes on beside, one after the other: prompt tokens and tokens generated.
+_BESIDE = ((512, 96), (256, 64))
 _LIMIT_S = 300.0
 
 
@@ -82,8 +89,17 @@ def off_by(timed: Sequence[Timed], figures: Sequence[float]) -> dict[str, float]
 
 
 class _Instance:
-    def __init__(self, session: aiohttp.ClientSession, url: str, rounds: int) -> None:
+    """``of_rounds``: the figure of several rounds."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        rounds: int,
+        of_rounds: Callable[[Sequence[float]], float],
+    ) -> None:
         self._session, self._url, self._rounds = session, url, rounds
+        self._of_rounds = of_rounds
         self._source = random.Random(time.time_ns())
 
     def _ids(self, count: int) -> list[int]:
@@ -104,7 +120,6 @@ class _Instance:
         return first - began, last - first
 
     async def prefill(self, length: int, cached: int) -> Timed:
-        """The least of some rounds: what the machine does besides only adds."""
         samples = []
         for number in range(self._rounds + 1):
             prefix = self._ids(cached)
@@ -115,7 +130,7 @@ class _Instance:
             samples += [seconds] if number else []
         new = length - cached
         terms = (float(-(-new // _CHUNK)), float(new), new * (cached + new / 2))
-        return Timed(f"prefill {new} after {cached}", terms, min(samples))
+        return Timed(f"prefill {new} after {cached}", terms, self._of_rounds(samples))
 
     async def decode(self, streams: int, context: int) -> Timed:
         samples = []
@@ -126,15 +141,37 @@ class _Instance:
             samples.append(min(spans) / (_NEW_TOKENS - 1))
         held = streams * (context + _NEW_TOKENS / 2)
         terms = (1.0, float(streams), held)
-        return Timed(f"decode {streams} x {context}", terms, min(samples))
+        return Timed(f"decode {streams} x {context}", terms, self._of_rounds(samples))
+
+    async def go_on(self) -> None:
+        """Answer until cancelled."""
+
+        async def one(context: int, new_tokens: int) -> None:
+            while True:
+                await self._ask(self._ids(context), new_tokens)
+
+        await asyncio.gather(*(one(*sizes) for sizes in _BESIDE))
 
 
-async def measure(url: str, rounds: int) -> tuple[list[Timed], list[Timed]]:
+async def measure(urls: Sequence[str], rounds: int) -> tuple[list[Timed], list[Timed]]:
+    """Of the first, while the second, if there is one, is kept busy."""
     timeout = aiohttp.ClientTimeout(total=_LIMIT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        instance = _Instance(session, url, rounds)
-        prefills = [await instance.prefill(*sizes) for sizes in _PREFILLS]
-        decodes = [await instance.decode(*sizes) for sizes in _STREAMS]
+        # Alone, what the machine does besides only adds; beside another, that is what is asked.
+        of_rounds = min if len(urls) == 1 else statistics.median
+        instance = _Instance(session, urls[0], rounds, of_rounds)
+        others = [_Instance(session, url, rounds, of_rounds) for url in urls[1:]]
+        beside = asyncio.gather(*(other.go_on() for other in others))
+        try:
+            prefills = [await instance.prefill(*sizes) for sizes in _PREFILLS]
+            decodes = [await instance.decode(*sizes) for sizes in _STREAMS]
+        finally:
+            if others and beside.done():
+                # What was measured had nobody beside it: say why.
+                beside.result()
+            beside.cancel()
+            with suppress(asyncio.CancelledError):
+                await beside
     return prefills, decodes
 
 
@@ -167,15 +204,16 @@ def main() -> int:
     add("--profile", type=Path, required=True, metavar="FILE")
     add("--model", type=Path, default=ROOT / ".cache/models/SmolLM2-135M-Instruct", metavar="DIR")
     add("--rounds", type=int, default=3)
+    add("--beside", action="store_true", help="with another instance busy on its own core")
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     started = time.monotonic()
     sizes = Sizes()
-    fleet = Fleet("calibrated", Engine.MEMSERVE, (Role.BOTH,))
+    fleet = Fleet("calibrated", Engine.MEMSERVE, (Role.BOTH,) * (2 if options.beside else 1))
     with tempfile.TemporaryDirectory() as folder:
         given = Given(options.model, sizes)
         with servers.start(fleet, given, Path(folder)) as running:
-            prefills, decodes = asyncio.run(measure(running.urls()[0], options.rounds))
+            prefills, decodes = asyncio.run(measure(running.urls(), options.rounds))
     prefill, decode = fit(prefills), fit(decodes)
     options.profile.write_text(json.dumps(profile_of(prefill, decode, sizes), indent=2) + "\n")
     results = {
