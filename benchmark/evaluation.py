@@ -45,6 +45,9 @@ PARTS = (
     Part("main", (_STOCK, "stock-round-robin:chat+control", "pool",
                   "no-pool:chat+documents+control", "pool-session:documents"), _EACH, (2.0,),
          needs=("peer_router", "data"), extra=_TURNS),
+    # Differences of a few percent need more rounds.
+    Part("control", (_STOCK, "no-pool", "pool"), ("control",), (2.0,), needs=("peer_router",),
+         extra=("--together", "--rounds", "3")),
     # Half the device pool: conversations do not fit any more.
     Part("small-hbm", (_STOCK, "no-pool", "pool"), ("chat", "react"), (2.0,),
          needs=("peer_router", "data"), extra=("--hbm-tokens", "4096", *_TURNS)),
