@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+_CONTEXT_TOKENS = 8192
 
-def arguments(python: Path | str, model: Path) -> tuple[str, ...]:
-    """Its command line in the environment of ``python``, without a port."""
+
+def arguments(python: Path | str, model: Path, slots: int = _CONTEXT_TOKENS) -> tuple[str, ...]:
+    """Its command line in the environment of ``python``, without a port. It refuses to begin with
+    a context longer than its KV ``slots``."""
+    context = str(min(_CONTEXT_TOKENS, slots))
     return (
         *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
-        *("--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", "8192"),
+        *("--host", "127.0.0.1", "--dtype", "bfloat16", "--max-model-len", context),
     )
 
 

@@ -141,9 +141,10 @@ def _argv(fleet: Fleet, role: Role, port: int, front_port: int, given: Given) ->
 def _vllm(fleet: Fleet, port: int, tokens: int, given: Given) -> Sequence[str]:
     if given.peer_vllm is None:
         raise ConfigError(f"set-up {fleet.name} needs --peer-vllm PYTHON")
-    argv = [*vllm_server.arguments(given.peer_vllm, given.model), "--port", str(port)]
+    argv = [*vllm_server.arguments(given.peer_vllm, given.model, tokens), "--port", str(port)]
     argv += ["--enable-prompt-tokens-details"]
-    argv += ["--block-size", str(_PAGE), "--num-gpu-blocks-override", str(tokens // _PAGE)]
+    # It keeps one block for itself.
+    argv += ["--block-size", str(_PAGE), "--num-gpu-blocks-override", str(tokens // _PAGE + 1)]
     if Role.BOTH not in fleet.roles:
         argv += ["--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}']
     return argv
