@@ -18,7 +18,11 @@ def test_both_benchmarks_start_vllm_with_the_same_words() -> None:
     assert engine.environment["VLLM_CPU_OMP_THREADS_BIND"] == "1"
     given = servers.Given(model, servers.Sizes(), peer_vllm=str(python))
     fleet = SETUPS["vllm-1p1d"].fleet
-    served = servers._vllm(fleet, 12345, 1600, given)
+    served = servers._vllm(fleet, 12345, 8192, given)
     assert tuple(served[: len(common)]) == common
     assert "--kv-transfer-config" in served and served[served.index("--port") + 1] == "12345"
+    # It does not begin with a context for which it has no room, and keeps one block for itself.
+    small = servers._vllm(fleet, 12345, 4096, given)
+    assert small[small.index("--max-model-len") + 1] == "4096"
+    assert small[small.index("--num-gpu-blocks-override") + 1] == "257"
     assert engine.environment.items() <= servers._vllm_environment(1, 12346).items()
