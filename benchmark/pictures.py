@@ -226,8 +226,10 @@ def _validated() -> None:
                       marker="o", linestyle="", label=f"{workload}, measured")  # fmt: skip
             axis.set_xlabel("load, times the workload's own speed")
             axis.set_ylabel(label)
-            axis.set_ylim(bottom=0)
             axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes:
+        # Once all is drawn: it ends the scaling by what is drawn.
+        axis.set_ylim(bottom=0)
     title = "pool: the simulator beside real replays"
     _finish(figure, axes[0], title, "simulated-and-measured")
 
