@@ -24,7 +24,9 @@ from .setups import DevicePool, Engine, Fleet
 START_LIMIT_S = 420.0
 _FLUSH_LIMIT_S = 30.0
 _POLL_S = 0.3
-_PAGE = 16
+# The smallest block of vLLM's attention on CPUs.
+_VLLM_BLOCK = 32
+_LOG_LINES = 200
 # Of one token in SmolLM2-135M's KV cache, all layers.
 TOKEN_BYTES = 30 * 2 * 3 * 64 * 2
 
@@ -91,7 +93,7 @@ def await_ready(process: GuardedProcess, ready: Callable[[], bool], limit_s: flo
         code = process.poll()
         if code is not None or time.monotonic() > deadline:
             state = "is not ready in time" if code is None else f"ended with status {code}"
-            raise MemServeError(f"{process.name} {state}:\n{process.log_tail(30)}")
+            raise MemServeError(f"{process.name} {state}:\n{process.log_tail(_LOG_LINES)}")
         time.sleep(_POLL_S)
 
 
@@ -144,7 +146,8 @@ def _vllm(fleet: Fleet, port: int, tokens: int, given: Given) -> Sequence[str]:
     argv = [*vllm_server.arguments(given.peer_vllm, given.model, tokens), "--port", str(port)]
     argv += ["--enable-prompt-tokens-details"]
     # It keeps one block for itself.
-    argv += ["--block-size", str(_PAGE), "--num-gpu-blocks-override", str(tokens // _PAGE + 1)]
+    blocks = tokens // _VLLM_BLOCK + 1
+    argv += ["--block-size", str(_VLLM_BLOCK), "--num-gpu-blocks-override", str(blocks)]
     if Role.BOTH not in fleet.roles:
         argv += ["--kv-transfer-config", '{"kv_connector":"NixlConnector","kv_role":"kv_both"}']
     return argv

@@ -21,6 +21,7 @@ from typing import Any
 
 from sglang_memserve.errors import ConfigError, MemServeError
 from sglang_memserve.router.simulate import command
+from sglang_memserve.router.simulate.bound import Bound
 from sglang_memserve.router.simulate.report import Report, Spread
 
 from benchmark.harness import report
@@ -46,9 +47,9 @@ def policy_of(name: str) -> str:
     return policy
 
 
-def simulated(run: Run, traces: Path, profile: str) -> Report:
-    """What the simulator makes of ``run``. Raises ConfigError for a set-up that it cannot be
-    compared with, and for a trace that is not there."""
+def simulated(run: Run, traces: Path, profile: str) -> tuple[Report, Bound]:
+    """What the simulator makes of ``run``, and the least that it could come to. Raises ConfigError
+    for a set-up that it cannot be compared with, and for a trace that is not there."""
     policy = policy_of(run["setup"])
     roles = SETUPS[run["setup"]].fleet.roles
     dram = f"{run['dram_mib']}MiB" if run["dram_mib"] else "0"
@@ -61,12 +62,13 @@ def simulated(run: Run, traces: Path, profile: str) -> Report:
             *("--policy", policy),
         ]
     )
-    (found,) = command.simulate(options)
-    return found
+    arrivals = command.read(options)
+    (found,) = command.simulate(options, arrivals)
+    return found, command.least(options, arrivals)
 
 
-def compared(run: Run, found: Report) -> dict[str, Any]:
-    """Measured and simulated, and their ratios."""
+def compared(run: Run, found: Report, least: Bound) -> dict[str, Any]:
+    """Measured and simulated, their ratios, and the least that any cache could come to."""
     told = {name: run[name] for name in ("setup", "workload", "rate", "round", "requests")}
     told |= {"measured": {}, "simulated": {}, "simulated_over_measured": {}}
     for latency in _LATENCIES:
@@ -81,6 +83,12 @@ def compared(run: Run, found: Report) -> dict[str, Any]:
     told["simulated"]["cached_share"] = round(found.cached_share, 4)
     told["measured"]["moved_mb"] = round(run.get("router", {}).get("moved_bytes", 0) / 1e6, 1)
     told["simulated"]["moved_mb"] = round(found.moved_bytes / 1e6, 1)
+    told["bound"] = {
+        "ttft_mean_ms": round(least.ttft_ms.mean, 1),
+        "ttft_p99_ms": round(least.ttft_ms.p99, 1),
+        "jct_mean_ms": round(least.jct_ms.mean, 1),
+        "cached_share": round(least.cached_share, 4),
+    }
     return told
 
 
@@ -130,7 +138,7 @@ def main() -> int:
     results = []
     try:
         for run in choose(load_file(options.runs)):
-            found = compared(run, simulated(run, options.traces, options.profile))
+            found = compared(run, *simulated(run, options.traces, options.profile))
             results.append(found)
             print(line(found), file=sys.stderr)
     except (MemServeError, Missing) as error:

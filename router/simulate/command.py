@@ -19,7 +19,7 @@ from sglang_memserve.config import DEFAULT_EVICTION, parse_eviction, parse_size
 from sglang_memserve.errors import ConfigError, MemServeError
 from sglang_memserve.types import Eviction, Role
 
-from . import trace
+from . import bound, trace
 from .fleet import NAMES, Fleet, Terms
 from .profile import Profile, load, shipped
 from .report import Report, Setting, comparison, report, text
@@ -173,12 +173,22 @@ def _either(kind: type[Eviction]) -> str:
     return " or ".join(one.value for one in kind)
 
 
-def simulate(options: Options) -> Iterator[Report]:
-    """One report for each rate, shape and policy. Raises ConfigError for a bad trace."""
+def read(options: Options) -> list[trace.Arrival]:
+    """What is replayed, at the trace's own rate. Raises ConfigError for a bad trace."""
     everybody = trace.read(options.trace, options.block_tokens)[: options.requests]
-    spread = trace.spread(everybody, options.spread_s, options.seed)
+    return trace.spread(everybody, options.spread_s, options.seed)
+
+
+def least(options: Options, arrivals: Sequence[trace.Arrival]) -> bound.Bound:
+    """What no fleet and no policy can beat."""
+    page, block = options.terms.page_tokens, options.block_tokens
+    return bound.bound(arrivals, options.profile, page, block)
+
+
+def simulate(options: Options, arrivals: Sequence[trace.Arrival]) -> Iterator[Report]:
+    """One report for each rate, shape and policy."""
     for rate, shape, policy in product(options.rates, options.shapes, options.policies):
-        yield run(options, shape, policy, rate, trace.at_rate(spread, rate))
+        yield run(options, shape, policy, rate, trace.at_rate(arrivals, rate))
 
 
 def run(
@@ -208,13 +218,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     reports: list[Report] = []
     try:
         options = parse_args(words)
-        for one in simulate(options):
+        arrivals = read(options)
+        best = least(options, arrivals)
+        print(bound.text(best), end="\n\n", flush=True)
+        for one in simulate(options, arrivals):
             reports.append(one)
             print(text(one), end="\n\n", flush=True)
         if len(reports) > 1:
             print(comparison(reports))
         if options.json is not None:
-            _write(options.json, words, options, reports, time.monotonic() - began)
+            _write(options.json, words, options, best, reports, time.monotonic() - began)
     except MemServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -222,7 +235,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(
-    file: Path, words: Sequence[str], options: Options, reports: Sequence[Report], seconds: float
+    file: Path,
+    words: Sequence[str],
+    options: Options,
+    best: bound.Bound,
+    reports: Sequence[Report],
+    seconds: float,
 ) -> None:
     """Raises ConfigError where that cannot be written."""
     told = {
@@ -231,6 +249,7 @@ def _write(
         "machine": {"python": platform.python_version(), "cpu": platform.machine()},
         "seconds": round(seconds, 1),
         "profile": msgspec.to_builtins(options.profile),
+        "bound": best.json(),
         "results": [one.json() for one in reports],
     }
     try:

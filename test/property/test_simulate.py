@@ -12,6 +12,7 @@ from oracle.stepwise_engine import Stream, serve
 from pytest import approx
 from sglang_memserve.hashing import page_keys
 from sglang_memserve.router.simulate import trace
+from sglang_memserve.router.simulate.bound import bound
 from sglang_memserve.router.simulate.fleet import NAMES, Fleet, Terms
 from sglang_memserve.router.simulate.pages import Pages
 from sglang_memserve.router.simulate.profile import Decode, Link, Prefill, Profile
@@ -101,6 +102,33 @@ def test_every_request_ends_once_and_every_token_comes_from_somewhere(
     assert computed == sum(site.engine.computed_tokens for site in sites)
     generated = sum(site.engine.generated_tokens for site in sites)
     assert generated == sum(asked.output_tokens for asked in requests)
+
+
+@settings(max_examples=60, deadline=None)
+@given(profiles(), arrivals(), ROLES, st.sampled_from(NAMES), st.sampled_from([PAGE, BLOCK]))
+def test_nobody_beats_the_bound_and_one_request_at_a_time_reaches_it(
+    profile: Profile, requests: list[Arrival], roles: list[Role], policy: str, page: int
+) -> None:
+    def means(roles: list[Role], profile: Profile, gap_s: float) -> tuple[float, float, float]:
+        fleet = Fleet(profile, roles, Terms(policy=policy, page_tokens=page))
+        for number, one in enumerate(requests):
+            keyed, answered = trace.keyed(one, page, BLOCK), trace.answered_keys(one, page, BLOCK)
+            fleet.submit(one.at_s + number * gap_s, keyed, one.output_tokens, None, answered)
+        served = fleet.run()
+        cached = 1 - sum(one.computed_tokens for one in served) / sum(
+            one.prompt_tokens for one in served
+        )
+        of = len(served) / 1e3
+        return sum(s.ttft_s for s in served) / of, sum(s.jct_s for s in served) / of, cached
+
+    least = bound(requests, profile, page, BLOCK)
+    ttft_ms, jct_ms, cached = means(roles, profile, 0.0)
+    assert ttft_ms >= least.ttft_ms.mean * (1 - 1e-9)
+    assert jct_ms >= least.jct_ms.mean * (1 - 1e-9)
+    assert cached <= least.cached_share + 1e-9
+    roomy = msgspec.structs.replace(profile, hbm_tokens=100_000)
+    reached = (least.ttft_ms.mean, least.jct_ms.mean, least.cached_share)
+    assert means([Role.BOTH], roomy, 1e4) == approx(reached)
 
 
 @settings(max_examples=30, deadline=None)

@@ -24,5 +24,5 @@ def test_both_benchmarks_start_vllm_with_the_same_words() -> None:
     # It does not begin with a context for which it has no room, and keeps one block for itself.
     small = servers._vllm(fleet, 12345, 4096, given)
     assert small[small.index("--max-model-len") + 1] == "4096"
-    assert small[small.index("--num-gpu-blocks-override") + 1] == "257"
+    assert small[small.index("--num-gpu-blocks-override") + 1] == "129"
     assert engine.environment.items() <= servers._vllm_environment(1, 12346).items()

@@ -235,6 +235,9 @@ def test_a_trace_goes_through_every_policy_and_shape(
         assert one["tokens"]["computed"] < one["prompt_tokens"]
         assert f"{one['policy']}, {one['shape']}, {one['rate']:g} x" in shown
     assert told["profile"]["name"] == "h100-llama-70b"
+    best = told["bound"]
+    assert best["ttft_ms"]["mean"] <= min(one["ttft_ms"]["mean"] for one in told["results"])
+    assert "at best, each request alone and all that came before in HBM: TTFT mean " in shown
     assert "TTFT mean" in shown
 
 

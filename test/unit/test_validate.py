@@ -37,7 +37,7 @@ def record(folder: Path, run: dict[str, Any]) -> None:
 def test_a_recorded_replay_is_simulated(tmp_path: Path, setup: str, dram_mib: int) -> None:
     run = run_of(setup, dram_mib=dram_mib)
     record(tmp_path, run)
-    found = compared(run, simulated(run, tmp_path, "cpu-smollm2-135m"))
+    found = compared(run, *simulated(run, tmp_path, "cpu-smollm2-135m"))
     ratios, told = found["simulated_over_measured"], found["simulated"]
     assert ratios["ttft_mean_ms"] == pytest.approx(told["ttft_mean_ms"] / 100.0, abs=1e-3)
     # In turn nothing is found, as the two go to different instances; ``cost`` finds prompt and
@@ -45,6 +45,8 @@ def test_a_recorded_replay_is_simulated(tmp_path: Path, setup: str, dram_mib: in
     cached = 5 * BLOCK_TOKENS / (64 + 96) if setup == "pool" else 0.0
     assert told["cached_share"] == pytest.approx(cached)
     assert found["setup"] in line(found)
+    assert found["bound"]["cached_share"] == pytest.approx(0.5)
+    assert found["bound"]["ttft_mean_ms"] <= told["ttft_mean_ms"]
 
 
 def test_a_file_of_many_set_ups_is_compared_as_far_as_it_can_be(
