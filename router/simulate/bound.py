@@ -60,7 +60,7 @@ def prefill_s(profile: Profile, prompt_tokens: int, cached_tokens: int) -> float
 def _decode_s(profile: Profile, prompt_tokens: int, output_tokens: int) -> float:
     """The steps after the first token, of the only stream."""
     times, steps = profile.decode, output_tokens - 1
-    context = steps * (prompt_tokens + 1) + steps * (steps - 1) / 2
+    context = steps * prompt_tokens + steps * (steps - 1) / 2
     return steps * (times.fixed_s + times.stream_s) + context * times.context_token_s
 
 
