@@ -20,7 +20,7 @@ _EACH = ("chat", "react", "documents", "control")
 # Set-ups take turns, all instances up: four or six, 3 GB each.
 _TURNS = ("--together", "--rounds", "2")
 _STOCK = "stock-cache-aware-tuned"
-_DESIGNS = ("basic", "caching-2", "caching-3")
+_DESIGNS = ("basic", "caching-1", "caching-2", "caching-3")
 
 
 @dataclass(frozen=True, slots=True)

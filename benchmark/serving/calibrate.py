@@ -1,13 +1,15 @@
 """Measures one MemServe instance on one core and writes the profile that the simulator takes.
 
-    python -m benchmark.serving.calibrate --profile FILE [--beside] [--model DIR] [--json FILE]
+    python -m benchmark.serving.calibrate --profile FILE [--in-fleet] [--model DIR] [--json FILE]
 
 Prefill: time to the only token of prompts of several lengths, new and with all but a part cached.
 Decode: time a token of some streams at once. Each is fitted by least squares of the relative error,
 no coefficient below zero; how far the fit is off is written beside it.
 
-Instances on one machine share its memory bandwidth, which is what decoding on a CPU waits for. With
-``--beside`` another instance on a core of its own answers all the while, as in a fleet.
+That is an instance at its best. In a fleet on one machine it shares the memory's bandwidth with the
+others, and its core with routers and clients. With ``--in-fleet`` another instance on a core of its
+own answers all the while, and both are asked through a router, as clients of OpenAI's API do; what
+a round takes in the middle counts then, not at its shortest.
 """
 
 from __future__ import annotations
@@ -22,27 +24,28 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
+from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.types import Role
 
 from benchmark.harness import ROOT, report
 
-from . import servers
+from . import fronts, servers
 from .servers import Given, Sizes
-from .setups import Engine, Fleet
+from .setups import Engine, Fleet, Front, FrontKind
 
 _CHUNK = 512
 _PREFILLS = ((64, 0), (256, 0), (512, 0), (1024, 0), (2048, 0), (576, 512), (1088, 1024),
              (1280, 1024), (2112, 2048), (2560, 2048))  # fmt: skip
 _STREAMS = ((1, 128), (2, 128), (4, 128), (8, 128), (1, 1024), (4, 1024), (6, 1024))
 _NEW_TOKENS = 24
-# What goes on beside, one after the other: prompt tokens and tokens generated.
+# What the other instance answers, one after the other: prompt tokens and tokens generated.
 _BESIDE = ((512, 96), (256, 64))
 _LIMIT_S = 300.0
 
@@ -88,18 +91,20 @@ def off_by(timed: Sequence[Timed], figures: Sequence[float]) -> dict[str, float]
     }
 
 
-class _Instance:
+@dataclass(frozen=True, slots=True)
+class How:
     """``of_rounds``: the figure of several rounds."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        url: str,
-        rounds: int,
-        of_rounds: Callable[[Sequence[float]], float],
-    ) -> None:
-        self._session, self._url, self._rounds = session, url, rounds
-        self._of_rounds = of_rounds
+    model: str
+    rounds: int
+    of_rounds: Callable[[Sequence[float]], float]
+
+
+class _Instance:
+    """``url``: its own, or that of a router before it."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, how: How) -> None:
+        self._session, self._url, self._how = session, url, how
         self._source = random.Random(time.time_ns())
 
     def _ids(self, count: int) -> list[int]:
@@ -107,11 +112,11 @@ class _Instance:
 
     async def _ask(self, ids: list[int], new_tokens: int) -> tuple[float, float]:
         """Seconds to the first token, and from there to the last."""
-        sampling = {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        body = {"input_ids": ids, "stream": True, "sampling_params": sampling}
+        body = {"model": self._how.model, "prompt": ids, "max_tokens": new_tokens}
+        body |= {"temperature": 0, "ignore_eos": True, "stream": True}
         began = time.perf_counter()
         first = 0.0
-        async with self._session.post(f"{self._url}/generate", json=body) as response:
+        async with self._session.post(f"{self._url}/v1/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.content:
                 if line.startswith(b"data: {"):
@@ -121,7 +126,7 @@ class _Instance:
 
     async def prefill(self, length: int, cached: int) -> Timed:
         samples = []
-        for number in range(self._rounds + 1):
+        for number in range(self._how.rounds + 1):
             prefix = self._ids(cached)
             if cached:
                 await self._ask(prefix, 1)
@@ -130,18 +135,18 @@ class _Instance:
             samples += [seconds] if number else []
         new = length - cached
         terms = (float(-(-new // _CHUNK)), float(new), new * (cached + new / 2))
-        return Timed(f"prefill {new} after {cached}", terms, self._of_rounds(samples))
+        return Timed(f"prefill {new} after {cached}", terms, self._how.of_rounds(samples))
 
     async def decode(self, streams: int, context: int) -> Timed:
         samples = []
-        for _ in range(self._rounds):
+        for _ in range(self._how.rounds):
             asked = [self._ask(self._ids(context), _NEW_TOKENS) for _ in range(streams)]
             # The last to begin has the others beside it from the first to the last token.
             spans = [span for _, span in await asyncio.gather(*asked)]
             samples.append(min(spans) / (_NEW_TOKENS - 1))
         held = streams * (context + _NEW_TOKENS / 2)
         terms = (1.0, float(streams), held)
-        return Timed(f"decode {streams} x {context}", terms, self._of_rounds(samples))
+        return Timed(f"decode {streams} x {context}", terms, self._how.of_rounds(samples))
 
     async def go_on(self) -> None:
         """Answer until cancelled."""
@@ -153,39 +158,61 @@ class _Instance:
         await asyncio.gather(*(one(*sizes) for sizes in _BESIDE))
 
 
-async def measure(urls: Sequence[str], rounds: int) -> tuple[list[Timed], list[Timed]]:
-    """Of the first, while the second, if there is one, is kept busy."""
+async def measure(urls: Sequence[str], how: How) -> tuple[list[Timed], list[Timed]]:
+    """Of the first, while the others are kept busy."""
     timeout = aiohttp.ClientTimeout(total=_LIMIT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session:
-        # Alone, what the machine does besides only adds; beside another, that is what is asked.
-        of_rounds = min if len(urls) == 1 else statistics.median
-        instance = _Instance(session, urls[0], rounds, of_rounds)
-        others = [_Instance(session, url, rounds, of_rounds) for url in urls[1:]]
-        beside = asyncio.gather(*(other.go_on() for other in others))
+        instance, *others = (_Instance(session, url, how) for url in urls)
+        busy = asyncio.gather(*(other.go_on() for other in others))
         try:
             prefills = [await instance.prefill(*sizes) for sizes in _PREFILLS]
             decodes = [await instance.decode(*sizes) for sizes in _STREAMS]
         finally:
-            if others and beside.done():
+            if others and busy.done():
                 # What was measured had nobody beside it: say why.
-                beside.result()
-            beside.cancel()
+                busy.result()
+            busy.cancel()
             with suppress(asyncio.CancelledError):
-                await beside
+                await busy
     return prefills, decodes
 
 
-def profile_of(prefill: Sequence[float], decode: Sequence[float], sizes: Sizes) -> dict[str, Any]:
+def run(given: Given, rounds: int, *, in_fleet: bool) -> tuple[list[Timed], list[Timed]]:
+    fleet = Fleet("calibrated", Engine.MEMSERVE, (Role.BOTH,) * (2 if in_fleet else 1))
+    # Alone, whatever comes between only adds; in a fleet, that is what is asked for.
+    how = How(str(given.model), rounds, statistics.median if in_fleet else min)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        running = stack.enter_context(servers.start(fleet, given, folder))
+        if not in_fleet:
+            return asyncio.run(measure(running.urls(), how))
+        # A router each: one for both would choose the idle one.
+        ports = free_ports(len(running.instances), taken={running.front_port})
+        urls = []
+        for instance, port in zip(running.instances, ports, strict=True):
+            own = folder / f"router-{port}"
+            own.mkdir()
+            alone = replace(running, instances=(instance,), front_port=port, folder=own)
+            front = Front(FrontKind.ROUTER, ("--worker-urls", instance.url))
+            urls.append(stack.enter_context(fronts.start(front, alone, given)))
+        return asyncio.run(measure(urls, how))
+
+
+def profile_of(
+    prefill: Sequence[float], decode: Sequence[float], sizes: Sizes, *, in_fleet: bool
+) -> dict[str, Any]:
+    how = "through a router, another instance busy" if in_fleet else "alone"
     return {
         "name": "measured",
         "model": "SmolLM2-135M in bfloat16, one core an instance",
-        "source": "benchmark/serving/calibrate.py: prefill and decode, fitted.",
+        "source": f"benchmark/serving/calibrate.py: prefill and decode, fitted; {how}.",
         "estimates": ["load_bytes_per_s", "hop_s", "link, but for its order of magnitude"],
         "kv_bytes_per_token": servers.TOKEN_BYTES,
         "hbm_tokens": sizes.hbm_tokens,
         "dram_bytes": sizes.dram_mib * 2**20,
         "load_bytes_per_s": 3.0e9,
-        "hop_s": 0.0022,
+        # In ``fixed_s`` where a router was asked.
+        "hop_s": 0.0 if in_fleet else 0.0022,
         "prefill": {"fixed_s": prefill[0], "token_s": prefill[1], "pair_s": prefill[2],
                     "chunk_tokens": _CHUNK},
         "decode": {"fixed_s": decode[0], "stream_s": decode[1], "context_token_s": decode[2],
@@ -204,18 +231,16 @@ def main() -> int:
     add("--profile", type=Path, required=True, metavar="FILE")
     add("--model", type=Path, default=ROOT / ".cache/models/SmolLM2-135M-Instruct", metavar="DIR")
     add("--rounds", type=int, default=3)
-    add("--beside", action="store_true", help="with another instance busy on its own core")
+    add("--in-fleet", action="store_true", help="through a router, beside a busy instance")
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     started = time.monotonic()
     sizes = Sizes()
-    fleet = Fleet("calibrated", Engine.MEMSERVE, (Role.BOTH,) * (2 if options.beside else 1))
-    with tempfile.TemporaryDirectory() as folder:
-        given = Given(options.model, sizes)
-        with servers.start(fleet, given, Path(folder)) as running:
-            prefills, decodes = asyncio.run(measure(running.urls(), options.rounds))
+    given = Given(options.model, sizes)
+    prefills, decodes = run(given, options.rounds, in_fleet=options.in_fleet)
     prefill, decode = fit(prefills), fit(decodes)
-    options.profile.write_text(json.dumps(profile_of(prefill, decode, sizes), indent=2) + "\n")
+    profile = profile_of(prefill, decode, sizes, in_fleet=options.in_fleet)
+    options.profile.write_text(json.dumps(profile, indent=2) + "\n")
     results = {
         "ms": {one.name: round(1e3 * one.seconds, 1) for one in (*prefills, *decodes)},
         "predicted_over_measured": off_by(prefills, prefill) | off_by(decodes, decode),

@@ -131,7 +131,10 @@ def _argv(fleet: Fleet, role: Role, port: int, front_port: int, given: Given) ->
     tokens = given.sizes.device_tokens(fleet.device_pool)
     if fleet.engine is Engine.VLLM:
         return _vllm(fleet, port, tokens, given)
-    argv = [sys.executable, "-m", "sglang_memserve.launch_server"]
+    module = "sglang_memserve.launch_server"
+    if role in fleet.forgetful:
+        module = "benchmark.serving.forgetful"
+    argv = [sys.executable, "-m", module]
     argv += ["--model-path", str(given.model), "--port", str(port), "--cpu-threads", "1"]
     argv += ["--max-total-tokens", str(tokens)]
     if fleet.engine is Engine.STOCK:

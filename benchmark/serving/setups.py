@@ -11,7 +11,7 @@ bytes altogether.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from sglang_memserve.errors import ConfigError
@@ -48,10 +48,16 @@ class DevicePool(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
+    """``forgetful``: instances of these roles keep nothing of a request that has ended."""
+
     name: str
     engine: Engine
     roles: tuple[Role, ...]
     device_pool: DevicePool = DevicePool.COMMON
+    forgetful: frozenset[Role] = frozenset()
+
+    def with_forgetful(self, role: Role) -> Fleet:
+        return replace(self, name=f"{self.name}-forgetful", forgetful=frozenset({role}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,9 @@ def _separate(fleet: Fleet) -> list[Setup]:
               fleet, _router()),
         Setup(f"{name}-basic", "PD-Basic: prefill computes, decode fetches, nothing is reused",
               fleet, _router(*_SPLIT), Salt.EACH_REQUEST),
+        Setup(f"{name}-caching-1", "PD-Caching-1: prefill keeps what it has, decode nothing, so "
+              "that prompts move whole", fleet.with_forgetful(Role.DECODE),
+              _router(*_SPLIT, "--moves", "from-prefill")),
         Setup(f"{name}-caching-2", "PD-Caching-2: both sides keep what they have, the increment "
               "moves from prefill to decode", fleet, _router(*_SPLIT, "--moves", "from-prefill")),
         Setup(f"{name}-caching-3", "PD-Caching-3: generated pages go back to prefill as well",
