@@ -67,7 +67,11 @@ PARTS = (
     Part("routing", ("pool", "pool-prefix", "pool-session", "pool-least-load", "pool-round-robin",
                      "no-pool", "no-pool-session"), ("documents",)),
     Part("designs", ("1p1d", *(f"1p1d-{design}" for design in _DESIGNS)), ("chat",)),
-    Part("designs-2p1d", ("2p1d", *(f"2p1d-{design}" for design in _DESIGNS)), ("chat",)),
+    # Three instances on two cores: for the order of the steps alone.
+    Part("designs-2p1d", ("2p1d", *(f"2p1d-{design}" for design in _DESIGNS)), ("chat",),
+         extra=("--requests", "60")),
+    Part("shapes", (_STOCK, "pool", "1p1d"), ("chat", "react"), (2.0,),
+         needs=("peer_router", "data"), extra=("--together",)),
     Part("vllm", ("vllm",), ("chat", "react", "control"), (2.0,), needs=("peer_vllm", "data")),
     Part("vllm-1p1d", ("vllm-1p1d",), ("chat",), needs=("peer_vllm",)),
 )  # fmt: skip
