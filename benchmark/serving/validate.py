@@ -132,7 +132,11 @@ def main() -> int:
     add = parser.add_argument
     add("--runs", type=Path, required=True, metavar="FILE", help="what benchmark.serving wrote")
     add("--traces", type=Path, required=True, metavar="DIR", help="what it recorded")
-    add("--profile", default="cpu-smollm2-135m", help="of the instances (default %(default)s)")
+    add(
+        "--profile",
+        default="cpu-smollm2-135m-in-fleet",
+        help="of the instances (default %(default)s)",
+    )
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     results = []

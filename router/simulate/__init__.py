@@ -13,8 +13,8 @@ network, after a ``profile``:
 - heartbeats come every two seconds, events a little late.
 
 Left out: failures and deadlines of prefills, retries, tokenizing and the router's own time but for
-``hop_s``, streams that are put out for want of room, and generated tokens as cache: a trace of
-hashes does not tell which later block they became part of. docs/simulator.md says more.
+``hop_s``, streams that are put out for want of room, and, where the trace does not tell what
+became of them, generated tokens as cache. docs/simulator.md says more.
 
 In dependency order:
 
@@ -28,6 +28,7 @@ In dependency order:
 ``instance``     all of one instance
 ``approximate``  the peer: a tree of what was sent
 ``report``       what it came to
+``bound``        the least that it could come to
 ``moves``        fetches
 ``journey``      one request
 ``fleet``        the whole
