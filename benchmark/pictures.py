@@ -33,6 +33,7 @@ _COLOURS = {
     "no-pool": "#56b4e9",
     "no-pool-session": "#009e73",
     "pool-session": "#cc79a7",
+    "1p1d": "#f0e442",
     "vllm": "#d55e00",
     "vllm-1p1d": "#e69f00",
 }
@@ -56,8 +57,9 @@ def _places(groups: int, place: int, of: int) -> list[float]:
     return [index + (place - (of - 1) / 2) * 0.8 / of for index in range(groups)]
 
 
-def bars(runs: Sequence[Run], title: str, file: str) -> None:
-    """Mean and P99 of TTFT, and mean JCT: a group of bars a workload, a bar a set-up."""
+def bars(runs: Sequence[Run], title: str, file: str, *, told: bool = False) -> None:
+    """Mean and P99 of TTFT, and mean JCT: a group of bars a workload, a bar a set-up. ``told``:
+    each with its figure."""
     workloads = in_order([run["workload"] for run in runs])
     setups = in_order([run["setup"] for run in runs])
     panels = (("ttft_ms", "mean", "mean TTFT, s"), ("ttft_ms", "p99", "P99 TTFT, s"),
@@ -70,7 +72,9 @@ def bars(runs: Sequence[Run], title: str, file: str) -> None:
                 by_workload[w][what][which] / 1e3 if w in by_workload else 0 for w in workloads
             ]
             at = _places(len(workloads), place, len(setups))
-            axis.bar(at, heights, 0.8 / len(setups), label=setup, color=colour(setup, place))
+            made = axis.bar(at, heights, 0.8 / len(setups), label=setup, color=colour(setup, place))
+            if told:
+                axis.bar_label(made, fmt="%.2f")
         axis.set_xticks(range(len(workloads)), workloads)
         axis.set_ylabel(label)
         axis.spines[["top", "right"]].set_visible(False)
@@ -193,7 +197,13 @@ def _funnel() -> None:
 def _designs() -> None:
     # The step with a fleet of its own was measured last.
     runs = sorted(_runs("evaluation-designs"), key=lambda r: ("-" not in r["setup"], r["setup"]))
-    bars(runs, "Chat with separate roles: caching switched on one by one", "designs")
+    bars(runs, "Chat with separate roles: caching switched on one by one", "designs",
+         told=True)  # fmt: skip
+
+
+def _shapes() -> None:
+    bars(_runs("evaluation-shapes"), "Two instances of either kind, twice the speed", "shapes",
+         told=True)  # fmt: skip
 
 
 def _small_hbm() -> None:
@@ -248,6 +258,7 @@ FIGURES: dict[str, Callable[[], None]] = {
     "small-hbm": _small_hbm,
     "documents": _documents,
     "designs": _designs,
+    "shapes": _shapes,
     "routing": _routing,
     "validated": _validated,
     "simulated": _simulated,

@@ -254,6 +254,21 @@ def test_the_module_runs_and_stops_early(tmp_path: Path) -> None:
     assert "of 30 requests" in done.stdout and "(0 not finished" not in done.stdout
 
 
+def test_a_reader_that_has_enough_gets_no_traceback(tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "sglang_memserve.simulate",
+        "--trace",
+        str(little_trace(tmp_path)),
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.close()
+        assert run.stderr.read() == b""
+        assert run.wait(60) == 1
+
+
 def test_the_same_seed_gives_the_same_figures(tmp_path: Path) -> None:
     file = little_trace(tmp_path)
 
