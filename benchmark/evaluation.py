@@ -7,6 +7,7 @@ parts; those whose peer is not given are left out, and so named.
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from pathlib import Path
 from benchmark.harness import RESULTS, ROOT
 
 _LIMIT_S = 3600.0
+# To take its servers down.
+_END_LIMIT_S = 60.0
 _EACH = ("chat", "react", "documents", "control")
 # Set-ups take turns, all instances up: four or six, 3 GB each.
 _TURNS = ("--together", "--rounds", "2")
@@ -82,11 +85,28 @@ def command(part: Part, options: argparse.Namespace) -> list[str]:
     argv += ["--setup", ",".join(part.setups), "--workload", ",".join(part.workloads)]
     argv += ["--rate", ",".join(f"{rate * options.rate:g}" for rate in part.rates)]
     argv += ["--json", str(part.file.relative_to(ROOT)), *part.extra]
-    for flag in ("peer_router", "peer_vllm", "data", "record"):
+    for flag in ("peer_router", "peer_vllm", "data"):
         value = getattr(options, flag)
         if value is not None:
             argv += [f"--{flag.replace('_', '-')}", str(value)]
+    if options.record is not None:
+        # Parts have replays of the same name.
+        argv += ["--record", str(options.record / part.name)]
     return argv
+
+
+def run(argv: Sequence[str]) -> int:
+    """Its exit status; 1 when it was given up. What ends this process ends it too."""
+    process = subprocess.Popen(argv, cwd=ROOT)
+    try:
+        return process.wait(_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        print(f"given up after {_LIMIT_S:.0f} s", file=sys.stderr)
+        return 1
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(_END_LIMIT_S)
 
 
 def possible(parts: Sequence[Part], options: argparse.Namespace) -> Iterator[Part]:
@@ -101,7 +121,7 @@ def possible(parts: Sequence[Part], options: argparse.Namespace) -> Iterator[Par
             yield part
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmark.evaluation", description=__doc__)
     add = parser.add_argument
     add("--quick", action="store_true")
@@ -111,12 +131,30 @@ def main() -> int:
     add("--peer-vllm", metavar="PYTHON", help="of an environment with vLLM's CPU build")
     add("--data", type=Path, metavar="DIR", help="files of the react and documents workloads")
     add("--record", type=Path, metavar="DIR", help="write what was sent, for the simulator")
+    return parser
+
+
+def watch() -> None:
+    """Let SIGTERM end what runs below as well."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def main() -> int:
+    parser = build_parser()
     options = parser.parse_args()
+    watch()
+    parts = (QUICK,) if options.quick else PARTS
+    names = [part.name for part in parts]
+    unknown = set((options.only or names[0]).split(",")).difference(names)
+    if unknown:
+        parser.error(f"no part {sorted(unknown)[0]!r}: choose of {', '.join(names)}")
     failed = []
-    for part in possible((QUICK,) if options.quick else PARTS, options):
+    for part in possible(parts, options):
         argv = command(part, options)
+        if options.record is not None:
+            (options.record / part.name).mkdir(parents=True, exist_ok=True)
         print(" ".join(["python", *argv[1:]]), file=sys.stderr, flush=True)
-        code = subprocess.run(argv, cwd=ROOT, timeout=_LIMIT_S).returncode
+        code = run(argv)
         failed += [part.name] if code else []
     if failed:
         print("failed: " + ", ".join(failed), file=sys.stderr)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from sglang_memserve.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmark" / "results"
@@ -97,6 +98,26 @@ def _started_as() -> list[str]:
     return ["-m", spec.name.removesuffix(".__main__")]
 
 
+def require_writable(*files: Path | None) -> None:
+    """Raises ConfigError where a result could not be written, before it is measured."""
+    for file in files:
+        if file is None:
+            continue
+        if file.is_dir():
+            raise ConfigError(f"{file} cannot be written: it is a folder")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Tried: what may be written is more than what permissions say.
+            _part(file).touch()
+            _part(file).unlink()
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be written: {error.strerror}") from error
+
+
+def _part(file: Path) -> Path:
+    return file.with_name(f"{file.name}.part")
+
+
 def report(name: str, results: Any, started_s: float, file: Path | None) -> None:
     value = {
         "benchmark": name,
@@ -110,7 +131,9 @@ def report(name: str, results: Any, started_s: float, file: Path | None) -> None
         print(text, end="")
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        # Nobody finds half of it, and a run that is cut off leaves what was there.
+        _part(file).write_text(text)
+        _part(file).replace(file)
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 """``python -m benchmark.tables NAME...``: results of ``benchmark.serving`` as tables in Markdown.
 
-NAME is a file in ``benchmark/results`` without its ``.json``. Medians over rounds, where there were
-several. Milliseconds become seconds.
+NAME is a file in ``benchmark/results`` without its ``.json``, or the path of any file with it.
+Medians over rounds, where there were several. Milliseconds become seconds.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from benchmark.results import Run, load, merged
+from benchmark.results import Missing, Run, load, load_file, merged
 
 
 def not_computed(run: Run) -> float:
@@ -55,7 +56,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.tables", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME")
     for name in parser.parse_args().names:
-        print(f"{name}\n\n{table(merged(load(name)))}\n")
+        file = Path(name)
+        try:
+            runs = load_file(file) if file.suffix == ".json" else load(name)
+        except Missing as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        if not all({"workload", "setup"} <= run.keys() for run in runs) or not runs:
+            print(f"error: {name} has no answered runs of benchmark.serving", file=sys.stderr)
+            return 2
+        print(f"{name}\n\n{table(merged(runs))}\n")
     return 0
 
 

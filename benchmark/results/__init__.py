@@ -14,7 +14,7 @@ Run = dict[str, Any]
 
 
 class Missing(Exception):
-    """A results file that is asked for is not there."""
+    """A results file that is asked for is not there, or is none."""
 
 
 def load(name: str, has: str = "ttft_ms") -> list[Run]:
@@ -27,7 +27,10 @@ def load_file(file: Path, has: str = "ttft_ms") -> list[Run]:
     """``load`` of any file. Raises Missing."""
     if not file.is_file():
         raise Missing(f"{file.name} is not there")
-    results: list[Run] = json.loads(file.read_text())["results"]
+    try:
+        results: list[Run] = json.loads(file.read_text())["results"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise Missing(f"{file.name} has no results of benchmark.serving: {error}") from error
     return [run for run in results if has in run]
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import requests
 from sglang_memserve.errors import ConfigError, MemServeError
 
-from benchmark.harness import ROOT, report
+from benchmark.harness import ROOT, report, require_writable
 from benchmark.workloads.registry import get, warm_up
 from benchmark.workloads.request import Workload, first
 
@@ -109,6 +109,17 @@ def make_plan(options: argparse.Namespace) -> Plan:
     return Plan(tuple(workloads), rates, options.rounds, options.limit_s, options.record)
 
 
+def require_measured(chosen: Sequence[Chosen], plan: Plan) -> None:
+    """Raises ConfigError for a set-up that is to be measured with nothing."""
+    names = [workload.name for workload in plan.workloads]
+    for one in chosen:
+        unknown = sorted(one.workloads.difference(names))
+        if unknown:
+            raise ConfigError(
+                f"{one.setup.name}:{unknown[0]}: --workload has {', '.join(names)} alone"
+            )
+
+
 def measure(
     target: Target, workload: Workload, rate: float, plan: Plan, by: dict[str, Any]
 ) -> dict[str, Any]:
@@ -131,6 +142,11 @@ def run_attached(url: str, plan: Plan) -> Iterator[dict[str, Any]]:
     try:
         models = requests.get(f"{url}/v1/models", timeout=30).json()
         target = Target(url.rstrip("/"), models["data"][0]["id"])
+        if plan.record is not None and not Path(target.model).is_dir():
+            raise ConfigError(
+                f"--record needs the tokenizer of what {url} serves: "
+                f"{target.model} is no folder here"
+            )
     except (requests.RequestException, ValueError, LookupError, TypeError) as error:
         raise MemServeError(f"{url} does not say which models it serves: {error}") from error
     for number, workload, rate in plan.runs():
@@ -239,6 +255,9 @@ def run(options: argparse.Namespace) -> int:
     plan = make_plan(options)
     if (options.setup is None) == (options.attach is None):
         raise ConfigError("say what to measure: --setup NAMES or --attach URL")
+    chosen = [] if options.setup is None else choose(options.setup)
+    require_measured(chosen, plan)
+    require_writable(options.json)
     sizes = Sizes(options.hbm_tokens, options.dram_mib)
     given = Given(options.model, sizes, options.peer_router, options.peer_vllm)
     results = []
@@ -247,7 +266,7 @@ def run(options: argparse.Namespace) -> int:
             made = run_attached(options.attach, plan)
         else:
             run_all = run_together if options.together else run_setups
-            made = run_all(choose(options.setup), plan, given, Path(folder))
+            made = run_all(chosen, plan, given, Path(folder))
         # Before the first result is written, which may be to a file that is committed.
         measured = commit()
         for result in made:
@@ -265,6 +284,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         return run(build_parser().parse_args())
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

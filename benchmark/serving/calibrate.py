@@ -19,6 +19,7 @@ import asyncio
 import itertools
 import json
 import random
+import signal
 import statistics
 import sys
 import tempfile
@@ -32,9 +33,10 @@ from typing import Any
 import aiohttp
 import numpy as np
 from sglang_memserve.cluster.machine import free_ports
+from sglang_memserve.errors import MemServeError
 from sglang_memserve.types import Role
 
-from benchmark.harness import ROOT, report
+from benchmark.harness import ROOT, report, require_writable
 
 from . import fronts, servers
 from .servers import Given, Sizes
@@ -234,10 +236,19 @@ def main() -> int:
     add("--in-fleet", action="store_true", help="through a router, beside a busy instance")
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be positive")
+    # So that servers and logs are cleared away then too.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     started = time.monotonic()
     sizes = Sizes()
     given = Given(options.model, sizes)
-    prefills, decodes = run(given, options.rounds, in_fleet=options.in_fleet)
+    try:
+        require_writable(options.profile, options.json)
+        prefills, decodes = run(given, options.rounds, in_fleet=options.in_fleet)
+    except MemServeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     prefill, decode = fit(prefills), fit(decodes)
     profile = profile_of(prefill, decode, sizes, in_fleet=options.in_fleet)
     options.profile.write_text(json.dumps(profile, indent=2) + "\n")

@@ -24,7 +24,7 @@ from sglang_memserve.router.simulate import command
 from sglang_memserve.router.simulate.bound import Bound
 from sglang_memserve.router.simulate.report import Report, Spread
 
-from benchmark.harness import report
+from benchmark.harness import report, require_writable
 from benchmark.results import Missing, Run, load_file
 
 from . import trace
@@ -51,6 +51,8 @@ def simulated(run: Run, traces: Path, profile: str) -> tuple[Report, Bound]:
     """What the simulator makes of ``run``, and the least that it could come to. Raises ConfigError
     for a set-up that it cannot be compared with, and for a trace that is not there."""
     policy = policy_of(run["setup"])
+    if lacking := [name for name in ("dram_mib", "hbm_tokens", "rate", "round") if name not in run]:
+        raise ConfigError(f"{run['setup']}: the run does not say its {', '.join(lacking)}")
     roles = SETUPS[run["setup"]].fleet.roles
     dram = f"{run['dram_mib']}MiB" if run["dram_mib"] else "0"
     options = command.parse_args(
@@ -78,7 +80,8 @@ def compared(run: Run, found: Report, least: Bound) -> dict[str, Any]:
             real, predicted = run[latency][quantile], getattr(spread, quantile)
             told["measured"][name] = real
             told["simulated"][name] = round(predicted, 1)
-            told["simulated_over_measured"][name] = round(predicted / real, 3)
+            # Answers of one token take no time a token.
+            told["simulated_over_measured"][name] = round(predicted / real, 3) if real else None
     told["measured"]["cached_share"] = run["cached_share"]
     told["simulated"]["cached_share"] = round(found.cached_share, 4)
     told["measured"]["moved_mb"] = round(run.get("router", {}).get("moved_bytes", 0) / 1e6, 1)
@@ -94,7 +97,7 @@ def compared(run: Run, found: Report, least: Bound) -> dict[str, Any]:
 
 def line(found: dict[str, Any]) -> str:
     ratios = ", ".join(
-        f"{name.removesuffix('_mean_ms')} {ratio:.2f}"
+        f"{name.removesuffix('_mean_ms')} " + ("-" if ratio is None else f"{ratio:.2f}")
         for name, ratio in found["simulated_over_measured"].items()
         if name.endswith("_mean_ms")
     )
@@ -139,17 +142,20 @@ def main() -> int:
     )
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    results = []
+    results: list[dict[str, Any]] = []
+    status = 0
     try:
+        require_writable(options.json)
         for run in choose(load_file(options.runs)):
             found = compared(run, *simulated(run, options.traces, options.profile))
             results.append(found)
             print(line(found), file=sys.stderr)
     except (MemServeError, Missing) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    report("serving/validate", results, began, options.json)
-    return 0
+        status = 2
+    if results:
+        report("serving/validate", results, began, options.json)
+    return status
 
 
 if __name__ == "__main__":

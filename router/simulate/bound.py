@@ -33,10 +33,14 @@ class Bound:
 def bound(
     arrivals: Sequence[trace.Arrival], profile: Profile, page_tokens: int, block_tokens: int
 ) -> Bound:
-    """Of ``arrivals`` in their order; the rate plays no part."""
+    """Of those ``arrivals`` that fit, in their order; the rate plays no part."""
     left_behind: set[PageKey] = set()
+    room = profile.hbm_tokens // page_tokens
     ttft_ms, jct_ms, cached_tokens, prompt_tokens = [], [], 0, 0
     for one in arrivals:
+        if ceil((one.prompt_tokens + one.output_tokens) / page_tokens) > room:
+            # Refused by every instance.
+            continue
         keys = trace.keyed(one, page_tokens, block_tokens).chains[0].keys
         held = next((at for at, key in enumerate(keys) if key not in left_behind), len(keys))
         ttft_s = prefill_s(profile, one.prompt_tokens, held * page_tokens)

@@ -26,6 +26,9 @@ from .profile import Profile, load, shipped
 from .report import Report, Setting, comparison, report, text
 
 MOST_INSTANCES = 1024
+LEAST_HEARTBEAT_S = 0.01
+# Each takes some hundred bytes here.
+MOST_PAGES = 2**24
 _PART = re.compile(r"(\d{1,4})([PDB])")
 _ROLES = {"P": Role.PREFILL, "D": Role.DECODE, "B": Role.BOTH}
 
@@ -72,7 +75,7 @@ def parse_shape(name: str) -> Shape:
 def parse_args(argv: Sequence[str]) -> Options:
     """Raises ConfigError for values that make no sense; argparse exits for unknown flags."""
     args = _parser().parse_args(argv)
-    named = args.shape or f"{args.prefill}P{args.decode}D{args.both}B"
+    named = _shapes(args)
     # "4P4D0B" is 4P4D.
     shapes = [re.sub(r"(?<!\d)0+[PDBpdb]", "", name) for name in named.split(",")]
     policies = tuple(args.policy.split(","))
@@ -85,12 +88,14 @@ def parse_args(argv: Sequence[str]) -> Options:
         )
     if args.requests is not None and args.requests <= 0:
         raise ConfigError("--requests must be positive")
+    if args.bypass_tokens is not None and args.bypass_tokens < 0:
+        raise ConfigError("--bypass-tokens must not be negative")
     for name in ("spread", "event_delay_s", "until"):
         value = getattr(args, name)
         if value is not None and not (isfinite(value) and value >= 0):
             raise ConfigError(f"--{name.replace('_', '-')} must not be negative")
-    if not (isfinite(args.heartbeat_s) and args.heartbeat_s > 0):
-        raise ConfigError("--heartbeat-s must be positive")
+    if not (isfinite(args.heartbeat_s) and args.heartbeat_s >= LEAST_HEARTBEAT_S):
+        raise ConfigError(f"--heartbeat-s must be {LEAST_HEARTBEAT_S} at least")
     profile = load(args.profile)
     if args.hbm_tokens is not None:
         if args.hbm_tokens <= 0:
@@ -104,6 +109,16 @@ def parse_args(argv: Sequence[str]) -> Options:
         heartbeat_s=args.heartbeat_s,
         event_delay_s=args.event_delay_s,
     )
+    dram_bytes = profile.dram_bytes if terms.dram_bytes is None else terms.dram_bytes
+    page_bytes = args.page_tokens * profile.kv_bytes_per_token
+    for flag, pages in (
+        ("--hbm-tokens", profile.hbm_tokens // args.page_tokens),
+        ("--dram", dram_bytes // page_bytes),
+    ):
+        if pages > MOST_PAGES:
+            raise ConfigError(f"{flag}: {pages} pages an instance, {MOST_PAGES} at most")
+    if args.json is not None and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        raise ConfigError(f"--json {args.json} cannot be written")
     return Options(
         args.trace,
         args.block_tokens,
@@ -118,6 +133,18 @@ def parse_args(argv: Sequence[str]) -> Options:
         terms,
         args.json,
     )
+
+
+def _shapes(args: argparse.Namespace) -> str:
+    """1P1D where nothing is said, and ``--both N`` alone is N. Raises ConfigError for both ways."""
+    counts = args.prefill, args.decode, args.both
+    if args.shape is not None:
+        if counts != (None, None, None):
+            raise ConfigError("say --shape, or --prefill, --decode and --both")
+        return str(args.shape)
+    separate = 0 if args.both else 1
+    prefill, decode = (separate if one is None else one for one in counts[:2])
+    return f"{prefill}P{decode}D{args.both or 0}B"
 
 
 def _dram_bytes(text: str | None) -> int | None:
@@ -144,10 +171,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--trace", type=Path, required=True, metavar="FILE", help="JSON lines (docs/simulator.md)")
     add("--block-tokens", type=int, default=trace.BLOCK_TOKENS, help="tokens of one hash id")
-    add("--profile", default="h100-llama-70b", help=f"{', '.join(shipped())}, or a file")
-    add("--prefill", type=int, default=1, metavar="N", help="prefill instances")
-    add("--decode", type=int, default=1, metavar="N", help="decode instances")
-    add("--both", type=int, default=0, metavar="N", help="instances that do both")
+    profiles = f"{', '.join(shipped())}, or a file (default %(default)s)"
+    add("--profile", default="h100-llama-70b", help=profiles)
+    add("--prefill", type=int, metavar="N", help="prefill instances (default 1; 0 with --both)")
+    add("--decode", type=int, metavar="N", help="decode instances (default 1; 0 with --both)")
+    add("--both", type=int, metavar="N", help="instances that do both (default 0)")
     add("--shape", metavar="4P4D,8B", help="several fleets to compare, instead of these three")
     add("--policy", default="cost", help=f"one or several of {', '.join(NAMES)}")
     add("--rate", "--speedup", default="1", help="requests a second, as multiples of the trace's")

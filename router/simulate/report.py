@@ -177,6 +177,9 @@ def text(one: Report) -> str:
         lines.append(f"  {name:<8}{cells}")
     whole = max(one.prompt_tokens, 1)
     shares = ", ".join(f"{name} {100 * n / whole:.1f} %" for name, n in one.tokens.items())
+    if one.finished < one.requests:
+        # The long ones, most often: what is left looks quicker than it is.
+        lines.append(f"  these are of the {one.finished} requests that finished alone")
     lines += [
         f"  {one.requests_per_s:.2f} requests/s, {one.output_tokens_per_s:.0f} tokens/s generated",
         f"  prompt tokens: {shares}",

@@ -182,6 +182,10 @@ def test_wrong_shapes(name: str) -> None:
         ("--spread -1", "spread"),
         ("--until nan", "until"),
         ("--heartbeat-s 0", "heartbeat"),
+        ("--bypass-tokens -5", "--bypass-tokens"),
+        ("--hbm-tokens 99999999999999999999999", "--hbm-tokens"),
+        ("--dram 99999999999TiB", "--dram"),
+        ("--json /proc/nobody/file.json", "cannot be written"),
         ("--page-tokens 100", "must divide"),
         ("--dram 3parsecs", "3parsecs"),
         ("--eviction mru", "mru"),
@@ -196,9 +200,35 @@ def test_a_wrong_command_line_says_what_is_wrong(
     assert says in capsys.readouterr().err
 
 
-def test_the_three_numbers_are_a_shape() -> None:
-    words = ["--trace", "t", "--prefill", "0", "--decode", "0", "--both", "10"]
-    assert [shape.name for shape in parse_args(words).shapes] == ["10B"]
+@pytest.mark.parametrize(
+    ("words", "shape"),
+    [
+        ("", "1P1D"),
+        ("--prefill 0 --decode 0 --both 10", "10B"),
+        ("--both 2", "2B"),
+        ("--both 2 --decode 1", "1D2B"),
+        ("--prefill 3", "3P1D"),
+        ("--prefill 3 --both 0", "3P1D"),
+    ],
+)
+def test_the_three_numbers_are_a_shape(words: str, shape: str) -> None:
+    assert [one.name for one in parse_args(["--trace", "t", *words.split()]).shapes] == [shape]
+
+
+def test_one_says_the_shape_or_its_numbers() -> None:
+    with pytest.raises(ConfigError, match="say --shape, or --prefill"):
+        parse_args(["--trace", "t", "--shape", "2B", "--both", "2"])
+
+
+def test_figures_of_a_part_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = trace_file(tmp_path, line(), line(input_length=51200, hash_ids=list(range(100))))
+    words = ["--trace", str(file), "--both", "1", "--hbm-tokens", "4096"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    # Nor does the bound count who fits nowhere.
+    alone, both = (shown.split(key)[1].split()[0] for key in ("TTFT mean ", "  TTFT "))
+    assert float(alone.rstrip(",")) == pytest.approx(float(both), abs=0.1)
+    assert "1 too long" in shown and "these are of the 1 requests that finished alone" in shown
 
 
 def little_trace(folder: Path) -> Path:
