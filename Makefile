@@ -54,7 +54,7 @@ bench: setup  ## the benchmarks (minutes; writes benchmark/results)
 eval-quick: setup  ## a reduced evaluation in less than ten minutes: pool, no pool, stock instances
 	@$(PY) -m benchmark.evaluation --quick $(ARGS)
 
-eval: setup  ## the whole evaluation, two hours (ARGS="--peer-router PYTHON --data DIR ...")
+eval: setup  ## the whole evaluation, three hours (ARGS="--peer-router PYTHON --data DIR ...")
 	@$(PY) -m benchmark.evaluation $(ARGS)
 	@$(PY) -m benchmark.pictures
 

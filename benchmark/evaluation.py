@@ -7,14 +7,13 @@ parts; those whose peer is not given are left out, and so named.
 from __future__ import annotations
 
 import argparse
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark.harness import RESULTS, ROOT
+from benchmark.harness import RESULTS, ROOT, exit_on_sigterm
 
 _LIMIT_S = 3600.0
 # To take its servers down.
@@ -105,8 +104,17 @@ def run(argv: Sequence[str]) -> int:
         return 1
     finally:
         if process.poll() is None:
-            process.terminate()
-            process.wait(_END_LIMIT_S)
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_END_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        # Its servers end with it: they are guarded.
+        process.kill()
+        process.wait()
 
 
 def possible(parts: Sequence[Part], options: argparse.Namespace) -> Iterator[Part]:
@@ -134,15 +142,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def watch() -> None:
-    """Let SIGTERM end what runs below as well."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-
-
 def main() -> int:
     parser = build_parser()
     options = parser.parse_args()
-    watch()
+    exit_on_sigterm()
     parts = (QUICK,) if options.quick else PARTS
     names = [part.name for part in parts]
     unknown = set((options.only or names[0]).split(",")).difference(names)

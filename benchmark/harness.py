@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -98,6 +99,11 @@ def _started_as() -> list[str]:
     return ["-m", spec.name.removesuffix(".__main__")]
 
 
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end this process as an exception does: servers and logs are cleared away."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def require_writable(*files: Path | None) -> None:
     """Raises ConfigError where a result could not be written, before it is measured."""
     for file in files:
@@ -131,7 +137,7 @@ def report(name: str, results: Any, started_s: float, file: Path | None) -> None
         print(text, end="")
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Nobody finds half of it, and a run that is cut off leaves what was there.
+        # At once: nobody finds half of it.
         _part(file).write_text(text)
         _part(file).replace(file)
 

@@ -27,7 +27,7 @@ from typing import Any
 import requests
 from sglang_memserve.errors import ConfigError, MemServeError
 
-from benchmark.harness import ROOT, report, require_writable
+from benchmark.harness import ROOT, exit_on_sigterm, report, require_writable
 from benchmark.workloads.registry import get, warm_up
 from benchmark.workloads.request import Workload, first
 
@@ -280,8 +280,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    # So that servers and logs are cleared away then too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    exit_on_sigterm()
     try:
         return run(build_parser().parse_args())
     except KeyboardInterrupt:

@@ -19,7 +19,6 @@ import asyncio
 import itertools
 import json
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from sglang_memserve.cluster.machine import free_ports
 from sglang_memserve.errors import MemServeError
 from sglang_memserve.types import Role
 
-from benchmark.harness import ROOT, report, require_writable
+from benchmark.harness import ROOT, exit_on_sigterm, report, require_writable
 
 from . import fronts, servers
 from .servers import Given, Sizes
@@ -238,8 +237,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be positive")
-    # So that servers and logs are cleared away then too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    exit_on_sigterm()
     started = time.monotonic()
     sizes = Sizes()
     given = Given(options.model, sizes)

@@ -2,7 +2,9 @@
 
 Every request alone on an idle instance whose HBM holds all that came before: pages of every
 earlier prompt and, where the trace says them, of every earlier answer. What is left is computing
-the rest of the prompt and one stream's steps. A goal below that is out of reach of any cache.
+the rest of the prompt and one stream's steps. A goal below that is out of reach of any cache. (Of
+the share that is cached it is the most but for a request that waits and is overtaken: it may find
+what a later one brought.)
 """
 
 from __future__ import annotations

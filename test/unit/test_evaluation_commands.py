@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -71,15 +70,19 @@ def test_parts_record_into_folders_of_their_own() -> None:
 
 
 def test_what_ends_the_evaluation_ends_its_part() -> None:
-    text = "import sys; from benchmark import evaluation; evaluation.watch(); "
-    text += "evaluation.run([sys.executable, '-c', 'import time; time.sleep(300)'])"
-    with subprocess.Popen([sys.executable, "-c", text], cwd=ROOT) as parent:
-        watched = psutil.Process(parent.pid)
-        deadline = time.monotonic() + 30
-        while not (children := watched.children()):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        os.kill(parent.pid, signal.SIGTERM)
-        assert parent.wait(30) == 128 + signal.SIGTERM
-    gone, alive = psutil.wait_procs(children, timeout=10)
-    assert gone and not alive
+    part = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    text = "import sys; from benchmark import evaluation; evaluation.exit_on_sigterm(); "
+    text += f"evaluation.run([sys.executable, '-c', {part!r}])"
+    argv = [sys.executable, "-c", text]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        # When it says who it is, whoever started it waits for it.
+        child = psutil.Process(int(parent.stdout.readline()))
+        try:
+            parent.terminate()
+            assert parent.wait(30) == 128 + signal.SIGTERM
+            assert not psutil.wait_procs([child], timeout=10)[1]
+        finally:
+            parent.kill()
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
